@@ -1,0 +1,557 @@
+"""Reflective Masking (RM): a mask diffusion model that revises its own answer over several turns.
+
+"Multi-Turn Reflective Masking Elicits Reasoning in Mask Diffusion Models", Zhang, Bian, Qi, Yao, Huang, Zhou,
+2026, arXiv 2606.16700.  In reading order:
+
+    1. MaskDiffusionTransformer   the network: input embeddings [B, N, D] -> logits [B, N, V]
+    2. decide                     Eq. 1: keep, re-mask or reveal, every position at once
+    3. oracle_action, revision_loss          what the right action is, and the three losses
+    4. sample_trajectory          synthetic revisions to learn from; uniform_wrong, topk_wrong make the mistakes
+    5. revise                     the multi-turn loop: Eq. 2, the network, Eq. 1, until nothing changes
+    6. train                      a generator that trains on batches of revision states
+
+Shapes: B sequences, N positions, V vocabulary with MASK, D width, T trajectory length.
+
+What differs from the paper is optional and off by default in these functions, except that a role's loss is
+divided by the number of all editable positions, so that the three add up to the plain cross-entropy:
+second guesses (sample_trajectory), training on the model's own revision states (train, own_states), the bias
+for positions that share a coordinate (TransformerConfig.coordinates).
+"""
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from history import ABSENT, HistoryReference, history_embedding, rotate_pairs
+
+# ---------------------------------------------------------------------------------------------------------------
+# 1. The network
+
+
+@dataclass
+class TransformerConfig:
+    """Size and position scheme; saved inside every checkpoint.
+
+    positions: "learned" adds an embedding for each coordinate of a position; "rotary" turns queries and keys.
+    coordinates: N rows of K small integers, the same length each: where position n is along each axis, for
+    instance row and column of a pixel; None: the index alone.  With K >= 2, every head also learns one bias for
+    each combination of coordinates that two positions share (same row, same row and column, ...).
+    """
+
+    vocabulary: int  # V, MASK included
+    length: int  # N at most
+    width: int = 128  # D
+    layers: int = 4
+    heads: int = 4
+    feed_forward: int = 512
+    positions: str = "learned"
+    coordinates: list[list[int]] | None = None
+
+
+class Block(nn.Module):
+    """Pre-norm self-attention in both directions, then a feed-forward with squared ReLU."""
+
+    def __init__(self, config: TransformerConfig, relations: int):
+        super().__init__()
+        width = config.width
+        self.heads, self.rotary = config.heads, config.positions == "rotary"
+        self.attention_norm, self.feed_forward_norm = nn.RMSNorm(width), nn.RMSNorm(width)
+        self.query_key_value = nn.Linear(width, 3 * width, bias=False)
+        self.attention_out = nn.Linear(width, width, bias=False)
+        self.feed_forward_in = nn.Linear(width, config.feed_forward, bias=False)
+        self.feed_forward_out = nn.Linear(config.feed_forward, width, bias=False)
+        self.relation_bias = nn.Parameter(torch.zeros(config.heads, relations)) if relations else None
+        nn.init.zeros_(self.attention_out.weight)  # every block starts as the identity
+        nn.init.zeros_(self.feed_forward_out.weight)
+
+    def forward(self, x: Tensor, relation: Tensor | None) -> Tensor:
+        batch, length, width = x.shape
+        qkv = self.query_key_value(self.attention_norm(x)).view(batch, length, 3, self.heads, -1)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # [B, heads, N, D / heads] each
+        if self.rotary:
+            index = torch.arange(length, device=x.device).unsqueeze(-1)
+            query, key = rotate_pairs(query, index), rotate_pairs(key, index)
+        if self.relation_bias is None:
+            mixed = F.scaled_dot_product_attention(query, key, value)
+        else:
+            # Written out: a bias that is learned keeps PyTorch from its fused attention, and at the lengths that
+            # have coordinates (81 cells, 256 pixels) this is the faster form.
+            score = query @ key.transpose(-1, -2) * (width // self.heads) ** -0.5
+            mixed = (score + self.relation_bias[:, relation]).softmax(-1).to(value.dtype) @ value
+        x = x + self.attention_out(mixed.transpose(1, 2).reshape(batch, length, width))
+        return x + self.feed_forward_out(self.feed_forward_in(self.feed_forward_norm(x)).relu().square())
+
+
+class MaskDiffusionTransformer(nn.Module):
+    """A small transformer that reads input embeddings, so that History Reference can replace them.
+
+    config: TransformerConfig.  embedding: the weight [V, D].  Called on float [B, N, D] (a(t) of Eq. 2) it
+    returns logits, float [B, N, V], over the vocabulary with MASK.  Raises ValueError on an impossible config
+    or input.
+    """
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        if config.positions not in ("learned", "rotary"):
+            raise ValueError(f"positions must be 'learned' or 'rotary', got {config.positions!r}")
+        if config.width % (2 * config.heads):
+            raise ValueError(f"width {config.width} must be a multiple of 2 * heads, heads {config.heads}")
+        if config.coordinates and len(config.coordinates) != config.length:
+            raise ValueError(f"coordinates has {len(config.coordinates)} rows, length is {config.length}")
+        self.config = config
+        self.embedding = nn.Parameter(torch.randn(config.vocabulary, config.width) * config.width**-0.5)
+        coordinates = torch.tensor(config.coordinates or [[n] for n in range(config.length)])
+        shared = (coordinates[:, None] == coordinates[None, :]).long()  # [N, N, K]
+        axes = coordinates.shape[1]
+        self.register_buffer("relation", (shared << torch.arange(axes)).sum(-1), persistent=False)
+        self.register_buffer("coordinates", coordinates, persistent=False)
+        if config.positions == "learned":
+            self.position = nn.ParameterList(
+                nn.Parameter(torch.randn(int(column.max()) + 1, config.width) * 0.3) for column in coordinates.T
+            )
+        self.blocks = nn.ModuleList(Block(config, 2**axes if axes > 1 else 0) for _ in range(config.layers))
+        self.norm = nn.RMSNorm(config.width)
+        self.head = nn.Linear(config.width, config.vocabulary, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        length = x.shape[1]
+        if x.shape[-1] != self.config.width or length > self.config.length:
+            raise ValueError(
+                f"input must be [B, N <= {self.config.length}, {self.config.width}], got {tuple(x.shape)}"
+            )
+        if self.config.positions == "learned":
+            x = x + sum(table[axis[:length]] for table, axis in zip(self.position, self.coordinates.T))
+        for block in self.blocks:
+            x = block(x, self.relation[:length, :length])
+        return self.head(self.norm(x))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# 2. Eq. 1, the decision rule
+
+
+def reveal_confidence(logits: Tensor, mask_id: int) -> tuple[Tensor, Tensor]:
+    """The best token (MASK excluded; ties go to the lowest id) and its log-probability among the tokens.
+
+    logits: float [..., V].  Returns int64 [...] and float [...].  A NaN logit wins the argmax, as in torch.
+    """
+    tokens_only = logits.float().index_fill(-1, torch.tensor(mask_id, device=logits.device), -torch.inf)
+    top, best = tokens_only.max(-1)
+    others = (tokens_only - top.unsqueeze(-1)).exp().scatter(-1, best.unsqueeze(-1), 0).sum(-1)
+    # -log1p(others) rather than a probability: in float32 that would be 1 for every gap beyond 17 nats.
+    return best, -torch.log1p(others)
+
+
+def decide(
+    logits: Tensor,
+    tokens: Tensor,
+    mask_id: int,
+    editable: Tensor | None = None,
+    reveal: int | Tensor | None = None,
+    allow_remask: bool = True,
+    allow_reveal: bool = True,
+) -> Tensor:
+    """Eq. 1: every position keeps its token, is re-masked, or is revealed, all at once.
+
+        x != M and p(M) >  p(x): M            x != M and p(M) <= p(x): x            x = M: argmax over V without M
+
+    Two probabilities of one softmax compare as their logits do, so no softmax is taken.
+    logits: float [B, N, V].  tokens: int64 [B, N].  editable: bool [B, N] or [N]; elsewhere nothing changes.
+    reveal: at most that many reveals a sequence (an int, or int64 [B]), the most confident first; None: all.
+    allow_remask, allow_reveal: switch one kind off (the two phases of image editing).
+    Returns the next tokens, int64 [B, N]; the input is not changed.  A NaN logit never re-masks (a comparison
+    with NaN is false) and propagates into the argmax as in torch.  Raises ValueError on wrong shapes.
+    """
+    if logits.shape[:-1] != tokens.shape or not 0 <= mask_id < logits.shape[-1]:
+        raise ValueError(
+            f"decide: logits must be tokens' shape {tuple(tokens.shape)} + [V] with mask_id {mask_id} < V, "
+            f"got {tuple(logits.shape)}"
+        )
+    masked = tokens == mask_id
+    free = torch.ones_like(masked) if editable is None else editable.expand_as(masked)
+    following = tokens.clone()
+    if allow_remask:
+        own = logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+        following[free & ~masked & (logits[..., mask_id] > own)] = mask_id  # Eq. 1, first line
+    if allow_reveal:
+        best, confidence = reveal_confidence(logits, mask_id)
+        chosen = free & masked
+        if reveal is not None:
+            ranked = confidence.masked_fill(~chosen, -torch.inf)
+            rank = ranked.argsort(-1, descending=True, stable=True).argsort(-1)
+            chosen = chosen & (rank < torch.as_tensor(reveal, device=tokens.device).reshape(-1, 1))
+        following = torch.where(chosen, best, following)  # Eq. 1, third line
+    return following
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# 3. The oracle action and the three losses
+
+REVEAL, REMASK, KEEP = 0, 1, 2  # roles
+IGNORE = -1  # the role of a position without a loss (not editable)
+
+
+def oracle_action(
+    state: Tensor, clean: Tensor, mask_id: int, editable: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The right action at every position: (target, role).  The only place that derives labels.
+
+        M             -> reveal: target x*          wrong token -> re-mask: target M          right token -> keep it
+
+    state, clean: int64 [..., N]; clean holds no MASK.  editable: bool, broadcastable; elsewhere the role is IGNORE.
+    Returns target, int64, and role, int64 in {REVEAL, REMASK, KEEP, IGNORE}, of state's shape.
+    """
+    masked, right = state == mask_id, state == clean
+    target = torch.where(masked | right, clean, mask_id)
+    role = torch.where(masked, REVEAL, torch.where(right, KEEP, REMASK))
+    if editable is not None:
+        role = torch.where(editable, role, IGNORE)
+    return target, role
+
+
+def revision_loss(
+    logits: Tensor, target: Tensor, role: Tensor, weights: tuple[float, float, float] = (1, 1, 1)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Cross-entropy to the oracle action, split by role: (total, reveal, remask, keep), scalars in nats.
+
+    A part is the sum over its role's positions divided by the number of positions with any role, so that with
+    weights (1, 1, 1) total is the mean cross-entropy over the editable positions, and an empty role counts 0.
+    Its minimiser puts all mass of a visible position on {x_i, M}, with p(x_i) the probability that x_i is right.
+    logits: float [..., V].  target, role: int64 [...], as oracle_action returns them.  weights: of the parts, in
+    the order reveal, remask, keep; unequal weights of remask and keep move that probability.
+    Raises ValueError when the shapes differ.
+    """
+    if logits.shape[:-1] != target.shape or target.shape != role.shape:
+        raise ValueError(
+            f"revision_loss: logits {tuple(logits.shape)}, target {tuple(target.shape)} and role "
+            f"{tuple(role.shape)} must agree but for V"
+        )
+    counted = role != IGNORE
+    loss = F.cross_entropy(logits[counted].float(), target[counted], reduction="none")
+    scale = 1 / max(loss.numel(), 1)
+    parts = [(loss * (role[counted] == kind)).sum() * scale for kind in (REVEAL, REMASK, KEEP)]
+    total = sum(weight * part for weight, part in zip(weights, parts))
+    return total, *parts
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# 4. Synthetic revision trajectories
+
+
+def uniform_wrong(clean: Tensor, choices: Tensor, count: int = 1, generator: torch.Generator | None = None) -> Tensor:
+    """A fixed corruption law: tokens drawn uniformly from choices, never the clean one.
+
+    clean: int64 [B, N].  choices: int64 [C], C >= 2, without MASK.  Returns int64 [count, B, N], each draw
+    independent.  Raises ValueError when there is nothing to choose from.
+    """
+    if choices.numel() < 2:
+        raise ValueError(f"uniform_wrong: choices must name at least 2 tokens, got shape {tuple(choices.shape)}")
+    shape = (count, *clean.shape)
+    # One of the first C - 1; a draw that hits the clean token becomes the last: uniform over the C - 1 others
+    # (C tokens where the clean one is not among the choices lose their last only there).
+    drawn = choices[torch.randint(len(choices) - 1, shape, generator=generator, device=clean.device)]
+    return torch.where(drawn == clean, choices[-1], drawn)
+
+
+def topk_wrong(
+    logits: Tensor, clean: Tensor, mask_id: int, k: int = 8, count: int = 1, generator: torch.Generator | None = None
+) -> Tensor:
+    """Plausible mistakes: uniform over the k likeliest tokens of a frozen model, the truth and MASK excluded.
+
+    logits: float [B, N, V] of the base model at masked positions (one forward pass).  clean: int64 [B, N].
+    Returns int64 [count, B, N].  Raises ValueError when V < 3 leaves no wrong token.
+    """
+    if logits.shape[-1] < 3:
+        raise ValueError(f"topk_wrong: logits must have V >= 3, got shape {tuple(logits.shape)}")
+    excluded = F.one_hot(clean, logits.shape[-1]).bool()
+    excluded[..., mask_id] = True
+    ranked = logits.masked_fill(excluded, -torch.inf).topk(min(k, logits.shape[-1] - 2), dim=-1).indices
+    pick = torch.randint(ranked.shape[-1], (*clean.shape, count), generator=generator, device=clean.device)
+    return ranked.gather(-1, pick).movedim(-1, 0)
+
+
+def sample_trajectory(
+    clean: Tensor,
+    editable: Tensor,
+    wrong: Tensor,
+    mask_id: int,
+    T: int = 6,
+    p_wrong: float | Tensor = 0.5,
+    second_guess: float = 0.0,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Synthetic revisions x(0), ..., x(T) of the paper: no rollouts, every position on its own clock.
+
+    Each editable position draws a rule.  "Wrong", with probability p_wrong: its wrong token until beta, MASK until
+    mu, then the truth; beta ~ U{1..T-1}, mu ~ U{beta+1..T}.  "Mask": MASK until mu ~ U{1..T}, then the truth.
+    Elsewhere the truth throughout.
+    second_guess (ours; the paper's law at 0) is the probability that what comes at mu is another wrong token
+    instead, re-masked at a time ~ U{mu+1..T+1} and made right at a time ~ U{that+1..T+2}; times past T do not show.
+    clean: int64 [B, N].  editable: bool [B, N].  wrong: int64 [B, N], or [2, B, N] with the second guesses last.
+    p_wrong: a number, or float [B, 1] a sequence.  Returns int64 [T+1, B, N].  Raises ValueError on wrong shapes.
+    """
+    if wrong.ndim == clean.ndim:
+        wrong = wrong.unsqueeze(0)
+    if wrong.shape[1:] != clean.shape or editable.shape != clean.shape:
+        raise ValueError(
+            f"sample_trajectory: editable {tuple(editable.shape)} and wrong {tuple(wrong.shape)} must fit "
+            f"clean {tuple(clean.shape)}"
+        )
+    if T < 2 or (second_guess and len(wrong) < 2):
+        raise ValueError("sample_trajectory: T must be at least 2, and second_guess needs wrong of shape [2, B, N]")
+
+    def uniform() -> Tensor:
+        return torch.rand(clean.shape, generator=generator, device=clean.device)
+
+    def time_from(low: Tensor | int, high: int) -> Tensor:  # U{low..high}; low > high gives high + 1: never
+        return low + (uniform() * (high + 1 - low)).long()
+
+    starts_wrong = uniform() < p_wrong
+    beta = torch.where(starts_wrong, time_from(1, T - 1), 0)
+    mu = torch.where(starts_wrong, time_from(beta + 1, T), time_from(1, T))
+    step = torch.arange(T + 1, device=clean.device).view(-1, 1, 1)
+    states = torch.where(step < beta, wrong[0], torch.where(step < mu, mask_id, clean))
+    if second_guess:
+        again = uniform() < second_guess
+        beta = time_from(mu + 1, T + 1)
+        mu2 = time_from(beta + 1, T + 2)
+        guess = torch.where(step < beta, wrong[1], torch.where(step < mu2, mask_id, clean))
+        states = torch.where(again & (step >= mu), guess, states)
+    return torch.where(editable, states, clean)
+
+
+def history_until(trajectory: Tensor, t: Tensor) -> Tensor:
+    """Each sequence's states x(0), ..., x(t), the current one last: the input of history_embedding.
+
+    trajectory: int64 [T+1, B, N].  t: int64 [B] in 0..T.  Returns int64 [max(t)+1, B, N]; a sequence with a
+    smaller t has ABSENT in its oldest states.
+    """
+    length = int(t.max()) + 1
+    index = torch.arange(length, device=t.device).unsqueeze(1) - (length - 1) + t  # [length, B]
+    states = trajectory[index.clamp(min=0), torch.arange(len(t), device=t.device)]
+    return states.masked_fill((index < 0).unsqueeze(-1), ABSENT)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# 5. Multi-turn revision
+
+FIXED_POINT, CYCLE, OUT_OF_TURNS = "fixed point", "cycle", "out of turns"
+
+
+@dataclass
+class Revision:
+    """What revise returns: tokens int64 [B, N] without MASK; turns (forward passes) and status, B each; with
+    trace=True every state, int64 [turns + 1, B, N], where a finished sequence keeps its last one."""
+
+    tokens: Tensor
+    turns: list[int]
+    status: list[str]
+    trace: Tensor | None = None
+
+
+@torch.no_grad()
+def revise(
+    denoiser: Callable[[Tensor], Tensor],
+    tokens: Tensor,
+    mask_id: int,
+    history: HistoryReference,
+    max_turns: int = 32,
+    editable: Tensor | None = None,
+    reveal: int | None = None,
+    trace: bool = False,
+    patience: int = 3,
+    rule: Callable[..., Tensor] = decide,
+) -> Revision:
+    """Revises until nothing changes: at every turn Eq. 2 (history), one forward pass (denoiser), Eq. 1 (decide).
+
+    denoiser: any callable from input embeddings [B, N, D] to logits [B, N, V], say the transformer above or
+    lambda e: hf_model(inputs_embeds=e).logits.  tokens: int64 [B, N], MASK where nothing stands yet.
+    history: HistoryReference on the model's embedding; it is reset first.  editable, reveal: as for decide.
+    rule: Eq. 1, or a baseline's rule with decide's parameters.
+
+    A sequence ends, leaves the batch and gets its status when
+      FIXED_POINT   the turn changed nothing.  With history the memory still changes after that, so a later
+                    turn might differ; an unchanged state counts as settled all the same, as in the released code.
+      CYCLE         a state came back.  Without history (gamma 0) the loop is then certain, and one return is
+                    enough; with history the memory differs, so the state has to come back `patience` times.
+      OUT_OF_TURNS  max_turns forward passes were made.
+    In the last turn, and at a cycle, masked positions are revealed and none is re-masked, so no MASK is left.
+    Raises ValueError for a MASK that may not be edited, and for max_turns < 1.
+    """
+    if max_turns < 1:
+        raise ValueError(f"revise: max_turns must be at least 1, got {max_turns}")
+    batch = len(tokens)
+    free = torch.ones_like(tokens, dtype=torch.bool) if editable is None else editable.expand_as(tokens)
+    if ((tokens == mask_id) & ~free).any():
+        raise ValueError("revise: tokens has MASK at a position that editable locks")
+    history.reset()
+    returns_allowed = patience if history.gamma else 1
+    result, turns, status = tokens.clone(), [0] * batch, [OUT_OF_TURNS] * batch
+    states = [result.clone()]
+    running = torch.arange(batch, device=tokens.device)  # the rows of the batch still at work
+    returns: list[dict[bytes, int]] = [{key: 0} for key in _row_keys(tokens)]  # how often each state came back
+    for turn in range(1, max_turns + 1):
+        logits = denoiser(history.push(tokens))  # Eq. 2 and the network
+        following = rule(logits, tokens, mask_id, editable=free, reveal=reveal)  # Eq. 1
+        settled = (following == tokens).all(-1).tolist()
+        ends = torch.zeros(len(running), dtype=torch.bool)
+        for i, (row, key) in enumerate(zip(running.tolist(), _row_keys(following))):
+            returns[row][key] = returns[row].get(key, -1) + 1
+            if settled[i]:
+                status[row] = FIXED_POINT
+            elif returns[row][key] >= returns_allowed:
+                status[row] = CYCLE
+            ends[i] = status[row] != OUT_OF_TURNS or turn == max_turns
+            turns[row] = turn
+        if ends.any():
+            ends = ends.to(tokens.device)
+            complete = decide(logits, tokens, mask_id, editable=free, allow_remask=False)
+            following = torch.where(ends.unsqueeze(-1), complete, following)
+        result[running] = following
+        if trace:
+            states.append(result.clone())
+        if ends.all():
+            break
+        if ends.any():
+            history.keep(~ends)
+            following, free, running = following[~ends], free[~ends], running[~ends]
+        tokens = following
+    return Revision(result, turns, status, torch.stack(states) if trace else None)
+
+
+def _row_keys(tokens: Tensor) -> list[bytes]:
+    """Each row's state as bytes, exact, so that equal keys mean equal states."""
+    return [row.tobytes() for row in tokens.cpu().numpy()]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# 6. Training
+
+# A batch: states int64 [K, B, N] oldest first with ABSENT where a history is shorter (history_until), clean int64
+# [B, N], editable bool [B, N] or None: the positions that have a loss.
+Batch = tuple[Tensor, Tensor, Tensor | None]
+
+
+def train(
+    model: MaskDiffusionTransformer,
+    sample: Callable[[int, torch.Generator], Batch],
+    steps: int,
+    mask_id: int,
+    batch_size: int = 64,
+    gamma: float = 0.9,
+    rotate: bool = True,
+    learning_rate: float = 2.5e-3,
+    warmup: int = 200,
+    weight_decay: float = 0.01,
+    clip: float = 1.0,
+    weights: tuple[float, float, float] = (1, 1, 1),
+    own_states: float = 0.0,
+    window: int = 12,
+    precision: str = "float32",
+    compile: bool = False,
+    checkpoint: Path | None = None,
+    checkpoint_every: int = 500,
+    seed: int = 0,
+) -> Iterator[tuple[int, dict]]:
+    """Trains in place; yields (step, stats) after every step: for step, stats in train(...).
+
+    sample(batch_size, generator) returns a Batch on the model's device; the generator is seeded by (seed, step),
+    so a run can be resumed anywhere.  Optimiser: Muon for the matrices of the blocks, AdamW for the rest;
+    learning_rate is AdamW's, Muon's is 8 times that; linear warm-up over warmup steps, then a cosine to 0.
+    clip: largest gradient norm.  gamma, rotate: Eq. 2.  weights: revision_loss.
+    own_states: the share of the batch that goes on from the model's own decision of the step before (Eq. 1 on the
+    logits of the training step, so it costs no forward pass) until it settles or has window states.  The oracle
+    labels any state, so these need no other loss.  Ours; the paper trains on synthetic trajectories alone (0).
+    precision: "float32" or "bf16" (autocast).  compile: torch.compile the network.
+    checkpoint: a file, written every checkpoint_every steps and at the end by rename; when it exists the run goes
+    on from it, on CPU with the same result as an unbroken run.
+    Under torchrun every process draws the same batch and takes its own rows, so P processes train as one would.
+    stats: loss, reveal, remask, keep (nats, 0-d tensors, this process's rows), learning_rate, seconds (of training
+    so far, without what the caller does between steps).
+    """
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if batch_size % world:
+        raise ValueError(f"train: batch_size {batch_size} must be a multiple of the {world} processes")
+    device = model.embedding.device
+    network = torch.compile(model) if compile else model
+
+    class Step(nn.Module):  # everything that has a gradient, so that DDP sees it
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, states: Tensor) -> Tensor:
+            inputs = history_embedding(states, self.model.embedding, gamma, rotate)
+            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+                return network(inputs).float()
+
+    forward = Step()
+    if world > 1:
+        forward = nn.parallel.DistributedDataParallel(forward)
+    matrices = [p for p in model.blocks.parameters() if p.ndim == 2 and min(p.shape) >= 16]
+    chosen = {id(p) for p in matrices}
+    others = [p for p in model.parameters() if id(p) not in chosen]
+    optimizers = [torch.optim.AdamW(others, learning_rate, betas=(0.9, 0.98), weight_decay=0.0)]
+    if os.environ.get("OPT", "muon") == "muon":
+        optimizers.append(torch.optim.Muon(matrices, float(os.environ.get("MULT", 8))*learning_rate, weight_decay=weight_decay))
+    else:
+        optimizers.append(torch.optim.AdamW(matrices, learning_rate, betas=(0.9, 0.98), weight_decay=weight_decay))
+    scale = lambda step: min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / steps))
+    schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, scale) for optimizer in optimizers]
+
+    start, seconds, carried = 0, 0.0, None
+    if checkpoint and Path(checkpoint).exists():
+        saved = torch.load(checkpoint, map_location=device, weights_only=True)
+        model.load_state_dict(saved["model"])
+        for part, state in zip(optimizers + schedules, saved["optimization"]):
+            part.load_state_dict(state)
+        start, seconds, carried = saved["step"], saved["seconds"], saved["carried"]
+    generator = torch.Generator(device)
+    own = torch.arange(batch_size, device=device) < round(own_states * batch_size)
+    own = own[rank::world].view(-1, 1)
+    for step in range(start, steps):
+        began = time.perf_counter()
+        generator.manual_seed(seed * 1_000_003 + step)
+        states, clean, editable = sample(batch_size, generator)
+        states, clean = states[:, rank::world], clean[rank::world]
+        editable = None if editable is None else editable[rank::world]
+        if own_states:
+            absent = states.new_full((window - len(states), *clean.shape), ABSENT)
+            states = torch.cat([absent, states])
+            editable = torch.ones_like(clean, dtype=torch.bool) if editable is None else editable
+            if carried:
+                goes_on = carried["goes_on"]
+                states = torch.where(goes_on, carried["states"], states)
+                clean = torch.where(goes_on, carried["clean"], clean)
+                editable = torch.where(goes_on, carried["editable"], editable)
+        target, role = oracle_action(states[-1], clean, mask_id, editable)
+        logits = forward(states)
+        total, reveal, remask, keep = revision_loss(logits, target, role, weights)
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        total.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), clip)
+        for part in optimizers + schedules:
+            part.step()
+        if own_states:  # the model's own next state, from the logits at hand
+            following = decide(logits.detach(), states[-1], mask_id, editable)
+            changed = (following != states[-1]).any(-1, keepdim=True)
+            carried = {
+                "states": torch.cat([states[1:], following.unsqueeze(0)]),
+                "clean": clean,
+                "editable": editable,
+                "goes_on": own & changed & (states[0, :, :1] == ABSENT),
+            }
+        seconds += time.perf_counter() - began
+        yield step + 1, {
+            "loss": total.detach(), "reveal": reveal.detach(), "remask": remask.detach(), "keep": keep.detach(),
+            "learning_rate": schedules[0].get_last_lr()[0], "seconds": seconds, "logits": logits.detach(), "role": role, "goes_on": carried["goes_on"] if carried else None
+        }
