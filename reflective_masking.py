@@ -20,6 +20,9 @@ for positions that share a coordinate (TransformerConfig.coordinates).
 
 import math
 import os
+import platform
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -367,7 +370,7 @@ def revise(
     editable: Tensor | None = None,
     reveal: int | None = None,
     trace: bool = False,
-    patience: int = 3,
+    patience: int | None = None,
     rule: Callable[..., Tensor] = decide,
 ) -> Revision:
     """Revises until nothing changes: at every turn Eq. 2 (history), one forward pass (denoiser), Eq. 1 (decide).
@@ -380,8 +383,8 @@ def revise(
     A sequence ends, leaves the batch and gets its status when
       FIXED_POINT   the turn changed nothing.  With history the memory still changes after that, so a later
                     turn might differ; an unchanged state counts as settled all the same, as in the released code.
-      CYCLE         a state came back.  Without history (gamma 0) the loop is then certain, and one return is
-                    enough; with history the memory differs, so the state has to come back `patience` times.
+      CYCLE         a state came back `patience` times.  None: once without history (gamma 0), where the loop is
+                    then certain; three times with history, where the memory differs at each return.
       OUT_OF_TURNS  max_turns forward passes were made.
     In the last turn, and at a cycle, masked positions are revealed and none is re-masked, so no MASK is left.
     Raises ValueError for a MASK that may not be edited, and for max_turns < 1.
@@ -393,7 +396,7 @@ def revise(
     if ((tokens == mask_id) & ~free).any():
         raise ValueError("revise: tokens has MASK at a position that editable locks")
     history.reset()
-    returns_allowed = patience if history.gamma else 1
+    returns_allowed = patience or (3 if history.gamma else 1)
     result, turns, status = tokens.clone(), [0] * batch, [OUT_OF_TURNS] * batch
     states = [result.clone()]
     running = torch.arange(batch, device=tokens.device)  # the rows of the batch still at work
@@ -439,6 +442,8 @@ def _row_keys(tokens: Tensor) -> list[bytes]:
 # [B, N], editable bool [B, N] or None: the positions that have a loss.
 Batch = tuple[Tensor, Tensor, Tensor | None]
 
+MUON_FACTOR = 8  # Muon's learning rate over AdamW's: an update of Muon has about the spectral norm 1
+
 
 def train(
     model: MaskDiffusionTransformer,
@@ -459,20 +464,24 @@ def train(
     compile: bool = False,
     checkpoint: Path | None = None,
     checkpoint_every: int = 500,
+    notes: dict | None = None,
     seed: int = 0,
+    oracle: Callable[..., tuple[Tensor, Tensor]] = oracle_action,
+    rule: Callable[..., Tensor] = decide,
 ) -> Iterator[tuple[int, dict]]:
     """Trains in place; yields (step, stats) after every step: for step, stats in train(...).
 
     sample(batch_size, generator) returns a Batch on the model's device; the generator is seeded by (seed, step),
     so a run can be resumed anywhere.  Optimiser: Muon for the matrices of the blocks, AdamW for the rest;
-    learning_rate is AdamW's, Muon's is 8 times that; linear warm-up over warmup steps, then a cosine to 0.
+    learning_rate is AdamW's, Muon's is MUON_FACTOR times that; linear warm-up over warmup steps, cosine to 0.
     clip: largest gradient norm.  gamma, rotate: Eq. 2.  weights: revision_loss.
     own_states: the share of the batch that goes on from the model's own decision of the step before (Eq. 1 on the
     logits of the training step, so it costs no forward pass) until it settles or has window states.  The oracle
     labels any state, so these need no other loss.  Ours; the paper trains on synthetic trajectories alone (0).
     precision: "float32" or "bf16" (autocast).  compile: torch.compile the network.
-    checkpoint: a file, written every checkpoint_every steps and at the end by rename; when it exists the run goes
-    on from it, on CPU with the same result as an unbroken run.
+    checkpoint: a file, written by rename after every checkpoint_every steps, when the caller asks for the next; when
+    it exists the run goes on from it, on CPU with the same result as an unbroken run.  notes: saved in it as it is.
+    oracle, rule: the labels and the decision rule, for baselines that are trained otherwise.
     Under torchrun every process draws the same batch and takes its own rows, so P processes train as one would.
     stats: loss, reveal, remask, keep (nats, 0-d tensors, this process's rows), learning_rate, seconds (of training
     so far, without what the caller does between steps).
@@ -499,12 +508,14 @@ def train(
     matrices = [p for p in model.blocks.parameters() if p.ndim == 2 and min(p.shape) >= 16]
     chosen = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in chosen]
-    optimizers = [torch.optim.AdamW(others, learning_rate, betas=(0.9, 0.98), weight_decay=0.0)]
-    if os.environ.get("OPT", "muon") == "muon":
-        optimizers.append(torch.optim.Muon(matrices, float(os.environ.get("MULT", 8))*learning_rate, weight_decay=weight_decay))
-    else:
-        optimizers.append(torch.optim.AdamW(matrices, learning_rate, betas=(0.9, 0.98), weight_decay=weight_decay))
-    scale = lambda step: min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / steps))
+    optimizers = [
+        torch.optim.Muon(matrices, MUON_FACTOR * learning_rate, weight_decay=weight_decay),
+        torch.optim.AdamW(others, learning_rate, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
+
+    def scale(step: int) -> float:
+        return min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / steps))
+
     schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, scale) for optimizer in optimizers]
 
     start, seconds, carried = 0, 0.0, None
@@ -532,7 +543,7 @@ def train(
                 states = torch.where(goes_on, carried["states"], states)
                 clean = torch.where(goes_on, carried["clean"], clean)
                 editable = torch.where(goes_on, carried["editable"], editable)
-        target, role = oracle_action(states[-1], clean, mask_id, editable)
+        target, role = oracle(states[-1], clean, mask_id, editable)
         logits = forward(states)
         total, reveal, remask, keep = revision_loss(logits, target, role, weights)
         for optimizer in optimizers:
@@ -542,7 +553,7 @@ def train(
         for part in optimizers + schedules:
             part.step()
         if own_states:  # the model's own next state, from the logits at hand
-            following = decide(logits.detach(), states[-1], mask_id, editable)
+            following = rule(logits.detach(), states[-1], mask_id, editable)
             changed = (following != states[-1]).any(-1, keepdim=True)
             carried = {
                 "states": torch.cat([states[1:], following.unsqueeze(0)]),
@@ -552,6 +563,111 @@ def train(
             }
         seconds += time.perf_counter() - began
         yield step + 1, {
-            "loss": total.detach(), "reveal": reveal.detach(), "remask": remask.detach(), "keep": keep.detach(),
-            "learning_rate": schedules[0].get_last_lr()[0], "seconds": seconds, "logits": logits.detach(), "role": role, "goes_on": carried["goes_on"] if carried else None
+            "loss": total.detach(),
+            "reveal": reveal.detach(),
+            "remask": remask.detach(),
+            "keep": keep.detach(),
+            "learning_rate": schedules[1].get_last_lr()[0],
+            "seconds": seconds,
         }
+        if checkpoint and rank == 0 and (step + 1) % checkpoint_every == 0:
+            saved = {"model": model.state_dict(), "step": step + 1, "seconds": seconds, "notes": notes}
+            saved |= {"optimization": [part.state_dict() for part in optimizers + schedules], "carried": carried}
+            _write(saved, checkpoint)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# 7. Devices and checkpoints
+
+
+def start_device(name: str = "auto") -> torch.device:
+    """The device to work on; under torchrun also joins the process group (nccl on GPU, gloo on CPU).
+
+    name: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1".  Raises ValueError when it is not there.
+    """
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name!r} is not there: {str(error).splitlines()[0]}") from None
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        if not dist.is_initialized():
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device
+
+
+def best_precision(device: torch.device) -> str:
+    """"bf16" on a GPU and on a processor with bf16 instructions, where autocast is faster; else "float32"."""
+    if device.type == "cuda":
+        return "bf16"
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "float32"
+
+
+def is_main_process() -> bool:
+    """Whether this process reports and writes: always, but under torchrun only the first."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def provenance() -> dict:
+    """Where a figure comes from: command, commit, device, threads, versions."""
+    git = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=10"],
+        cwd=Path(__file__).parent, capture_output=True, text=True, check=False,
+    )
+    processor = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor_name()
+    return {
+        "command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "commit": git.stdout.strip() or "unknown",
+        "device": processor,
+        "threads": torch.get_num_threads(),
+        "torch": str(torch.__version__),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+    }
+
+
+def _processor_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _write(contents: dict, path: Path) -> None:
+    """Writes to a temporary file and renames, so that a killed run leaves the old file or the new one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    torch.save(contents, temporary)
+    os.replace(temporary, path)
+
+
+def save_checkpoint(path: Path, model: MaskDiffusionTransformer, task: str, **info) -> None:
+    """Weights, config, task and whatever else info holds (numbers, text, lists), by rename."""
+    state = {name: value.detach().cpu() for name, value in model.state_dict().items()}
+    _write({"task": task, "config": asdict(model.config), "model": state, "info": info}, path)
+
+
+def load_checkpoint(
+    path: Path, task: str, device: torch.device | str = "cpu"
+) -> tuple[MaskDiffusionTransformer, dict]:
+    """The model, in evaluation mode, and the info saved with it; weights_only, so no code in the file is run.
+
+    Raises ValueError when the file is missing, is no checkpoint of this project or belongs to another task.
+    """
+    try:
+        saved = torch.load(path, map_location=device, weights_only=True)
+        found = saved["task"]
+    except Exception as error:  # torch.load raises half a dozen kinds on a file that is not its own
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path} cannot be read as a checkpoint: {reason[:120]}") from None
+    if found != task:
+        raise ValueError(f"{path} is a checkpoint of task {found!r}, expected {task!r}")
+    model = MaskDiffusionTransformer(TransformerConfig(**saved["config"])).to(device)
+    model.load_state_dict(saved["model"])
+    return model.eval(), saved["info"]
