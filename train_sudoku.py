@@ -45,8 +45,9 @@ VARIANTS = {  # gamma, rotate: four settings of Eq. 2
     "decay": (GAMMA, False),
     "full": (GAMMA, True),
     "plain": (0.0, False),  # plain mask diffusion, trained on masks alone: the baselines' network
+    "direct": (0.0, False),  # RM's states, but every cell's target is the truth: no MASK action, no re-masking
 }
-TRAINING = dict(batch_size=64, learning_rate=2.5e-3, own_states=0.5)  # the same for every variant but plain
+TRAINING = dict(batch_size=64, learning_rate=2.5e-3, own_states=0.5)  # plain mask diffusion has no own states
 TEST_SEED, VALIDATION_SEED = 1_000_000, 2_000_000  # training boards use the seeds below a million
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -259,7 +260,12 @@ def remasking(max_turns: int, by: str, seed: int = 0, cells: int = 20) -> Callab
     return rule
 
 
-BASELINES = {  # on the plain network; name: (rule of a chunk of boards, from max_turns), turns
+def truth_everywhere(state: Tensor, clean: Tensor, mask_id: int, editable: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The labels of the variant "direct": the oracle's roles, but the truth as target at wrong cells too."""
+    return clean, rm.oracle_action(state, clean, mask_id, editable)[1]
+
+
+BASELINES = {  # on the plain network; a fresh rule for each chunk of boards, made from the number of turns
     "one-shot": lambda turns: direct_replacement,
     "direct replacement": lambda turns: direct_replacement,
     "low-confidence re-masking": lambda turns: remasking(turns, "confidence"),
@@ -338,6 +344,8 @@ def training_run(model, variant: str, pool: Tensor, args, steps: int, **changes)
     plain = variant == "plain"
     settings = TRAINING | dict(gamma=gamma, rotate=rotate, compile=args.compile, precision=args.precision)
     settings |= dict(seed=args.seed, own_states=0.0) if plain else dict(seed=args.seed)
+    if variant == "direct":
+        settings |= dict(oracle=truth_everywhere, rule=direct_replacement)
     second_guess = changes.pop("second_guess", args.second_guess)
     sample = partial(sample_batch, pool=pool, plain=plain, second_guess=second_guess)
     return rm.train(model, sample, steps, MASK, **(settings | changes))
@@ -374,7 +382,9 @@ def train_variant(variant: str, args) -> dict:
     every = max(1, min(250, steps // 8))
     notes = {"steps": steps, "curve": curve}
     plain, (gamma, rotate) = variant == "plain", VARIANTS[variant]
-    rule = BASELINES["low-confidence re-masking"] if plain else lambda turns: rm.decide
+    rule = lambda turns: rm.decide  # noqa: E731
+    if plain or variant == "direct":
+        rule = BASELINES["low-confidence re-masking" if plain else "direct replacement"]
     if main:
         print(f"{variant}, seed {args.seed}: {steps} steps of {TRAINING['batch_size']} boards on {device}")
     run = training_run(model, variant, pool, args, steps, checkpoint=resume, checkpoint_every=every, notes=notes)
@@ -407,7 +417,7 @@ def train_variant(variant: str, args) -> dict:
             for key, rule in BASELINES.items()
         }
     else:
-        record["test"] = evaluate(model, gamma, rotate, clean, test, args.max_turns)
+        record["test"] = evaluate(model, gamma, rotate, clean, test, args.max_turns, rule)
         record["one-shot"] = evaluate(model, gamma, rotate, clean, test, 1, lambda turns: direct_replacement)
     write_json(name.with_suffix(".json"), record)
     resume.unlink(missing_ok=True)
@@ -831,7 +841,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--variant", choices=[*VARIANTS, "all"], default="full", help="'all': every model of the README's tables")
     add("--minutes", type=float, default=15, help="training time; turned into a number of steps (default 15)")
     add("--steps", type=int, help="train exactly this many steps instead, for equal training")
-    add("--second-guess", type=float, default=0.0, help="share of second wrong guesses in the trajectories")
+    add("--second-guess", type=float, default=0.3, help="share of second wrong guesses in trajectories (default 0.3)")
     add("--pool", type=int, default=10_000, help="training boards before symmetries (default 10000)")
     add("--validation", type=int, default=300, help="validation boards (default 300)")
     add("--study-steps", type=int, default=800, help="training steps a model in --study gamma and data")
@@ -853,8 +863,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--smoke", action="store_true", help="everything tiny, in seconds, to see that it runs")
     args = parser.parse_args()
     if args.smoke:
-        args.steps, args.pool, args.validation, args.n, args.max_turns = 4, 20, 8, 8, 4
-        args.study_steps = 2
+        args.steps, args.study_steps, args.pool, args.validation, args.n, args.max_turns = 4, 1, 20, 8, 8, 4
     low, high = args.corrupt
     if not 0 <= low <= high <= 81:
         parser.error(f"--corrupt must be 0 <= LOW <= HIGH <= 81, got {low} {high}")
