@@ -189,7 +189,7 @@ def decide(
         chosen = free & masked
         if reveal is not None:
             ranked = confidence.masked_fill(~chosen, -torch.inf)
-            rank = ranked.argsort(-1, descending=True, stable=True).argsort(-1)
+            rank = ranked.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
             chosen = chosen & (rank < torch.as_tensor(reveal, device=tokens.device).reshape(-1, 1))
         following = torch.where(chosen, best, following)  # Eq. 1, third line
     return following
