@@ -55,13 +55,17 @@ def history_embedding(
     states: int64 [T+1, B, N], oldest first; the last is the current state.  A sequence with a shorter
     history has ABSENT (-1) in its oldest states.  embedding: float [V, D].  gamma in [0, 1]; 0 reads the
     current state alone.  rotate: History Embedding Rotation.  normalize: the RMSNorm after the sum.
-    Returns [B, N, D].  Raises ValueError on wrong shapes or a gamma outside [0, 1].
+    Returns [B, N, D] in the embedding's dtype; sums in at least float32.  Raises ValueError on wrong shapes, a gamma
+    outside [0, 1] and, on CPU, ids that the embedding lacks.
     """
     _check(embedding, gamma)
     if states.ndim != 3 or not len(states):
         raise ValueError(f"history_embedding: states must be [T+1, B, N] with T >= 0, got {tuple(states.shape)}")
+    if not states.is_cuda and (states.max() >= len(embedding) or states.min() < ABSENT):  # on a GPU this would wait
+        raise ValueError(f"history_embedding: states has ids outside {ABSENT}..{len(embedding) - 1}")
     if gamma == 0:
         states = states[-1:]
+    dtype, embedding = embedding.dtype, embedding if embedding.dtype == torch.float64 else embedding.float()
     ages = range(len(states) - 1, -1, -1)
     vocabulary = len(embedding)
 
@@ -82,7 +86,7 @@ def history_embedding(
             aged(F.embedding(state.clamp(min=0), embedding) * (state != ABSENT).unsqueeze(-1), age)
             for state, age in zip(states, ages)
         )
-    return rms_norm(total) if normalize else total
+    return (rms_norm(total) if normalize else total).to(dtype)
 
 
 class HistoryReference:
@@ -104,9 +108,9 @@ class HistoryReference:
         """
         new = F.embedding(tokens, self.embedding)
         new = new if new.dtype == torch.float64 else new.float()
+        if self.sum is not None and self.sum.shape[:-1] != tokens.shape:
+            raise ValueError(f"push: tokens must be {tuple(self.sum.shape[:-1])}, got {tuple(tokens.shape)}")
         if self.sum is not None and self.gamma:
-            if self.sum.shape[:-1] != tokens.shape:
-                raise ValueError(f"push: tokens must be {tuple(self.sum.shape[:-1])}, got {tuple(tokens.shape)}")
             new = new + self.gamma * (rotate_pairs(self.sum, -1) if self.rotate else self.sum)
         self.sum = new
         return (rms_norm(new) if self.normalize else new).to(self.embedding.dtype)

@@ -141,12 +141,18 @@ class MaskDiffusionTransformer(nn.Module):
 # 2. Eq. 1, the decision rule
 
 
+def _wide(x: Tensor) -> Tensor:
+    """At least float32."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def reveal_confidence(logits: Tensor, mask_id: int) -> tuple[Tensor, Tensor]:
     """The best token (MASK excluded; ties go to the lowest id) and its log-probability among the tokens.
 
-    logits: float [..., V].  Returns int64 [...] and float [...].  A NaN logit wins the argmax, as in torch.
+    logits: float [..., V].  Returns int64 [...] and float [...].  A NaN logit wins the argmax, as in torch; where
+    every token has -inf the result is id 0 with confidence NaN.
     """
-    tokens_only = logits.float().index_fill(-1, torch.tensor(mask_id, device=logits.device), -torch.inf)
+    tokens_only = _wide(logits).index_fill(-1, torch.tensor(mask_id, device=logits.device), -torch.inf)
     top, best = tokens_only.max(-1)
     others = (tokens_only - top.unsqueeze(-1)).exp().scatter(-1, best.unsqueeze(-1), 0).sum(-1)
     # -log1p(others) rather than a probability: in float32 that would be 1 for every gap beyond 17 nats.
@@ -178,6 +184,12 @@ def decide(
             f"decide: logits must be tokens' shape {tuple(tokens.shape)} + [V] with mask_id {mask_id} < V, "
             f"got {tuple(logits.shape)}"
         )
+    if editable is not None and editable.shape not in (tokens.shape, tokens.shape[-1:]):
+        raise ValueError(
+            f"decide: editable must be {tuple(tokens.shape)} or {tuple(tokens.shape[-1:])}, got {tuple(editable.shape)}"
+        )
+    if isinstance(reveal, Tensor) and reveal.numel() not in (1, len(tokens)):
+        raise ValueError(f"decide: reveal must be a number or [{len(tokens)}], got {tuple(reveal.shape)}")
     masked = tokens == mask_id
     free = torch.ones_like(masked) if editable is None else editable.expand_as(masked)
     following = tokens.clone()
@@ -238,7 +250,7 @@ def revision_loss(
             f"{tuple(role.shape)} must agree but for V"
         )
     counted = role != IGNORE
-    loss = F.cross_entropy(logits[counted].float(), target[counted], reduction="none")
+    loss = F.cross_entropy(_wide(logits[counted]), target[counted], reduction="none")
     scale = 1 / max(loss.numel(), 1)
     parts = [(loss * (role[counted] == kind)).sum() * scale for kind in (REVEAL, REMASK, KEEP)]
     total = sum(weight * part for weight, part in zip(weights, parts))
@@ -298,7 +310,9 @@ def sample_trajectory(
     Elsewhere the truth throughout.
     second_guess (ours; the paper's law at 0) is the probability that what comes at mu is another wrong token
     instead, re-masked at a time ~ U{mu+1..T+1} and made right at a time ~ U{that+1..T+2}; times past T do not show.
-    clean: int64 [B, N].  editable: bool [B, N].  wrong: int64 [B, N], or [2, B, N] with the second guesses last.
+    clean: int64 [B, N].  editable: bool [B, N]; where all of a sequence is editable x(0) has no right token at all, and
+    a model learns to re-mask everything there: choose some positions, and compute the loss on all.
+    wrong: int64 [B, N], or [2, B, N] with the second guesses last.
     p_wrong: a number, or float [B, 1] a sequence.  Returns int64 [T+1, B, N].  Raises ValueError on wrong shapes.
     """
     if wrong.ndim == clean.ndim:
@@ -489,6 +503,8 @@ def train(
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     if batch_size % world:
         raise ValueError(f"train: batch_size {batch_size} must be a multiple of the {world} processes")
+    if precision not in ("float32", "bf16"):
+        raise ValueError(f"train: precision must be 'float32' or 'bf16', got {precision!r}")
     device = model.embedding.device
     network = torch.compile(model) if compile else model
 
@@ -514,7 +530,7 @@ def train(
     ]
 
     def scale(step: int) -> float:
-        return min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / steps))
+        return min((step + 1) / max(warmup, 1), 0.5 + 0.5 * math.cos(math.pi * step / steps))
 
     schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, scale) for optimizer in optimizers]
 
@@ -524,7 +540,8 @@ def train(
         model.load_state_dict(saved["model"])
         for part, state in zip(optimizers + schedules, saved["optimization"]):
             part.load_state_dict(state)
-        start, seconds, carried = saved["step"], saved["seconds"], saved["carried"]
+        start, seconds = saved["step"], saved["seconds"]
+        carried = saved["carried"][rank] if len(saved["carried"]) == world else None
     generator = torch.Generator(device)
     own = torch.arange(batch_size, device=device) < round(own_states * batch_size)
     own = own[rank::world].view(-1, 1)
@@ -535,6 +552,8 @@ def train(
         states, clean = states[:, rank::world], clean[rank::world]
         editable = None if editable is None else editable[rank::world]
         if own_states:
+            if len(states) > window:
+                raise ValueError(f"train: window {window} is shorter than the history of {len(states)} states")
             absent = states.new_full((window - len(states), *clean.shape), ABSENT)
             states = torch.cat([absent, states])
             editable = torch.ones_like(clean, dtype=torch.bool) if editable is None else editable
@@ -548,6 +567,11 @@ def train(
         total, reveal, remask, keep = revision_loss(logits, target, role, weights)
         for optimizer in optimizers:
             optimizer.zero_grad()
+        if world > 1:  # every process divided by its own editable positions; DDP's mean needs everyone's
+            count = (role != IGNORE).sum()
+            everyone = count.clone()
+            dist.all_reduce(everyone)
+            total = total * (count * world / everyone.clamp(min=1))
         total.backward()
         nn.utils.clip_grad_norm_(model.parameters(), clip)
         for part in optimizers + schedules:
@@ -570,10 +594,15 @@ def train(
             "learning_rate": schedules[1].get_last_lr()[0],
             "seconds": seconds,
         }
-        if checkpoint and rank == 0 and (step + 1) % checkpoint_every == 0:
+        if checkpoint and (step + 1) % checkpoint_every == 0:
+            everyones = [carried]
+            if world > 1:  # every process carries its own rows
+                everyones = [None] * world
+                dist.all_gather_object(everyones, carried)
             saved = {"model": model.state_dict(), "step": step + 1, "seconds": seconds, "notes": notes}
-            saved |= {"optimization": [part.state_dict() for part in optimizers + schedules], "carried": carried}
-            _write(saved, checkpoint)
+            saved |= {"optimization": [part.state_dict() for part in optimizers + schedules], "carried": everyones}
+            if rank == 0:
+                _write(saved, checkpoint)
 
 
 # ---------------------------------------------------------------------------------------------------------------

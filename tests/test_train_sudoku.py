@@ -139,6 +139,13 @@ def test_wilson_interval_of_published_values():
     assert low == pytest.approx(0, abs=1e-12) and high == pytest.approx(0.1611, abs=1e-4)
 
 
+def test_paired_test_of_hand_counted_boards():
+    test = sudoku.paired_test("1" * 6 + "0" * 4, "0" * 5 + "1" + "0" * 4)  # 5 boards for us, none for them
+    assert test["difference"] == 0.5 and test["p"] == pytest.approx(2 / 32)
+    assert test["ci95"] == pytest.approx((0.5 - 1.959964 * (0.25 / 10) ** 0.5, 0.5 + 1.959964 * (0.25 / 10) ** 0.5))
+    assert sudoku.paired_test("10", "01")["p"] == 1 and sudoku.paired_test("11", "11")["difference"] == 0
+
+
 class Oracle(torch.nn.Module):
     """Knows the truth: re-masks what is wrong, reveals the truth; reads the tokens back from the embedding."""
 
