@@ -47,7 +47,7 @@ VARIANTS = {  # gamma, rotate: four settings of Eq. 2
     "plain": (0.0, False),  # plain mask diffusion, trained on masks alone: the baselines' network
     "direct": (0.0, False),  # RM's states, but every cell's target is the truth: no MASK action, no re-masking
 }
-TRAINING = dict(batch_size=64, learning_rate=2.5e-3, own_states=0.5)  # plain mask diffusion has no own states
+TRAINING = dict(batch_size=64, learning_rate=2.5e-3, own_states=0.0)  # own states: see --study data
 TEST_SEED, VALIDATION_SEED = 1_000_000, 2_000_000  # training boards use the seeds below a million
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -358,7 +358,7 @@ def training_run(model, variant: str, pool: Tensor, args, steps: int, **changes)
     gamma, rotate = VARIANTS[variant]
     plain = variant == "plain"
     settings = TRAINING | dict(gamma=gamma, rotate=rotate, compile=args.compile, precision=args.precision)
-    settings |= dict(seed=args.seed, own_states=0.0) if plain else dict(seed=args.seed)
+    settings |= dict(seed=args.seed)
     if variant == "direct":
         settings |= dict(oracle=truth_everywhere, rule=direct_replacement)
     second_guess = changes.pop("second_guess", args.second_guess)
