@@ -25,6 +25,7 @@ import argparse
 import contextlib
 import functools
 import importlib.util
+import itertools
 import json
 import statistics
 import sys
@@ -114,13 +115,19 @@ def _check_floating(name: str, x: Tensor, like: Tensor | None = None) -> None:
         )
 
 
-def _check_ids(name: str, ids: Tensor, shape: torch.Size | None, size: int, device: torch.device, low: int = 0) -> None:
+def _check_ids(
+    name: str, ids: Tensor, shape: torch.Size | None, device: torch.device, low: int, size: int,
+    where: Tensor | None = None,
+) -> None:  # fmt: skip
+    """int32 or int64, of a shape, on a device; on CPU also low <= ids < size (where says at which positions)."""
     _require(ids.dtype in (torch.int32, torch.int64), f"{name} must be int32 or int64, got {ids.dtype}")
     _require(shape is None or ids.shape == shape, f"{name} must be of shape {shape and [*shape]}, got {[*ids.shape]}")
     _require(ids.device == device, f"{name} must be on {device}, got {ids.device}")
-    if ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling():
-        least, most = (int(x) for x in ids.aminmax())
-        _require(low <= least and most < size, f"{name} must hold ids in [{low}, {size}), got {least} to {most}")
+    if ids.device.type == "cpu" and not torch.compiler.is_compiling():
+        ids = ids if where is None else ids[where]
+        if ids.numel():
+            least, most = (int(x) for x in ids.aminmax())
+            _require(low <= least and most < size, f"{name} must hold ids in [{low}, {size}), got {least} to {most}")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -299,7 +306,7 @@ def _check_decide(name: str, x: Tensor, vocabulary: int, tokens: Tensor, mask_id
     _check_floating(name, x)
     _require(x.ndim >= 1 and vocabulary >= 2, f"{name} needs a vocabulary of a token and MASK, got {[*x.shape]}")
     _require(0 <= mask_id < vocabulary, f"mask_id must lie in [0, {vocabulary}), got {mask_id}")
-    _check_ids("tokens", tokens, x.shape[:-1], vocabulary, x.device)
+    _check_ids("tokens", tokens, x.shape[:-1], x.device, 0, vocabulary)
     if editable is None:
         return None
     _require(editable.dtype == torch.bool, f"editable must be bool, got {editable.dtype}")
@@ -354,14 +361,18 @@ ROW_BLOCK = 8192  # rows at a time, so that the workspace is bounded whatever N 
 
 
 def _workspace_columns(rows: int, x: Tensor, vocabulary: int) -> int:
-    """Columns of logits at a time: what the cache keeps between writing and scanning (8 MiB CPU, 32 MiB GPU)."""
-    budget = 2**25 // x.dtype.itemsize if x.is_cuda else 2**23 // max(4, x.dtype.itemsize)
+    """Columns of logits at a time: 32 MiB, which Hopper's L2 (50 MB) keeps between writing and scanning.
+
+    On CPU the piece of the head may need a float32 copy, [columns, D]: that stays within 32 MiB too.
+    """
+    budget, rows = (2**25 // x.dtype.itemsize, rows) if x.is_cuda else (2**23, max(rows, x.shape[-1]))
     return min(vocabulary, max(256, budget // max(rows, 1) // 256 * 256))
 
 
 def _decide_from_hidden_torch(hidden: Tensor, head: Tensor, tokens: Tensor, mask_id: int, free: Tensor) -> Decision:
     shape, tokens, free = tokens.shape, tokens.reshape(-1), free.reshape(-1)
-    hidden, wide = hidden.reshape(len(tokens), -1), torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    hidden = hidden.reshape(len(tokens), head.shape[1])
     masked, remask = free & (tokens == mask_id), torch.zeros_like(free)
     for rows in (free & (tokens != mask_id)).nonzero().squeeze(1).split(1024):  # visible: two logits each
         x = hidden[rows].to(wide)  # products summed alike for both, so that equal rows of the head tie
@@ -571,7 +582,7 @@ def decide_from_hidden(
 
     hidden: float [..., D].  head: the output weight [V, D], same dtype and device.  tokens, mask_id, editable and
     the Decision returned: as for decide_from_logits, NaN and ties too.  No gradient.
-    Workspace: at most 32 MiB of logits on a GPU and 8 MiB on CPU, or 256 columns of 8,192 rows where that is more.
+    Workspace: at most 32 MiB of logits, or 256 columns of 8,192 rows where that is more.
     max_masked: a promise that no more than so many positions are masked and editable; without it the row count is
     asked of the device once (for V > 1,024), which a CUDA graph cannot hold.  Further rows stay masked.
     Raises ValueError for wrong shapes, dtypes or devices, a mask_id outside [0, V), on CPU ids outside [0, V) and
@@ -634,7 +645,7 @@ def _history_step_torch(
     new = torch.empty(tokens.numel(), width, dtype=dtype, device=embedding.device)
     read = torch.empty_like(new, dtype=embedding.dtype)
     # On CPU a few rows at a time: what one line leaves in the cache the next one finds there.
-    block = max(1, 2**17 // width) if embedding.device.type == "cpu" else max(1, tokens.numel())
+    block = max(1, 2**18 // width) if embedding.device.type == "cpu" else max(1, tokens.numel())
     a = None if a is None or not gamma else a.reshape(-1, width)
     for at in range(0, tokens.numel(), block):
         rows = slice(at, at + block)
@@ -650,7 +661,7 @@ def _history_sum_torch(
     states: Tensor, embedding: Tensor, gamma: float, rotate: bool, normalize: bool
 ) -> Tensor:
     table = embedding if embedding.dtype == torch.float64 else embedding.float()
-    total: Tensor | None = None
+    total = None
     for state in states:
         new = F.embedding(state.clamp(min=0), table) * (state >= 0).unsqueeze(-1)  # -1: no state, adds nothing
         total = new if total is None else new + _turned_back(total, gamma, rotate)  # Eq. 2
@@ -834,9 +845,10 @@ def _launch_history_sum(
 
 def _check_history(embedding: Tensor, gamma: float, rotate: bool) -> None:
     _check_floating("embedding", embedding)
-    _require(embedding.ndim == 2 and embedding.numel() > 0, f"embedding must be a weight [V, D], got {[*embedding.shape]}")
+    shape = [*embedding.shape]
+    _require(embedding.ndim == 2 and embedding.numel() > 0, f"embedding must be a weight [V, D], got {shape}")
     _require(0 <= gamma <= 1, f"gamma must lie in [0, 1], got {gamma}")
-    _require(not rotate or embedding.shape[1] % 2 == 0, f"embedding must have an even D to rotate, got {[*embedding.shape]}")
+    _require(not rotate or shape[1] % 2 == 0, f"embedding must have an even D to rotate, got {shape}")
 
 
 @torch.no_grad()
@@ -858,7 +870,7 @@ def history_step(
     Raises ValueError for wrong shapes, dtypes or devices, gamma outside [0, 1], odd D with rotate, on CPU bad ids.
     """
     _check_history(embedding, gamma, rotate)
-    _check_ids("tokens", tokens, None, len(embedding), embedding.device)
+    _check_ids("tokens", tokens, None, embedding.device, 0, len(embedding))
     dtype = torch.float64 if embedding.dtype == torch.float64 else torch.float32
     if a is not None:
         _check_floating("a", a)
@@ -887,7 +899,7 @@ def history_sum(
     """
     _check_history(embedding, gamma, rotate)
     _require(states.ndim >= 1 and len(states) > 0, f"states must be [T+1, ...] with T >= 0, got {[*states.shape]}")
-    _check_ids("states", states, None, len(embedding), embedding.device, low=-1)
+    _check_ids("states", states, None, embedding.device, -1, len(embedding))
     states = states if gamma else states[-1:]
     if use_triton(impl, embedding):
         return _HistorySum.apply(states, embedding, float(gamma), rotate, normalize)
@@ -907,6 +919,7 @@ def history_sum(
 # gradient in place and feed the other two products, so nothing is computed twice.
 
 CHUNK_ROWS = 2048  # enough for full matrix products; 2,048 rows of V = 126464 in bf16 are 518 MB
+CHUNK_BYTES = 2**26  # more rows than that while their logits are under 64 MiB: a small V is one chunk
 
 
 def _nll_rows_(logits: Tensor, target: Tensor, scale: Tensor, gradient: bool) -> Tensor:
@@ -926,7 +939,9 @@ def _parts(loss: Tensor, role: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]
     return (weights * parts).sum(), parts
 
 
-def _revision_cross_entropy_torch(logits: Tensor, target: Tensor, role: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+def _revision_cross_entropy_torch(
+    logits: Tensor, target: Tensor, role: Tensor, weights: Tensor
+) -> tuple[Tensor, Tensor]:
     counted = role != IGNORE
     rows = logits[counted]
     rows = rows if rows.dtype == torch.float64 else rows.float()
@@ -955,9 +970,8 @@ def _nll_kernel(
         scale = tl.where(low == -float("inf"), 0.0, tl.exp(low - high))
         total = tl.where(grows, total * scale + 1.0, total + scale)  # a NaN stays in the sum
     top = tl.max(high, 1)
-    scale = tl.where(high == -float("inf"), 0.0, tl.exp(high - top[:, None]))
+    scale = tl.where(high == -float("inf"), 0.0, tl.exp(high - top[:, None]))  # +inf - inf: NaN, as in torch
     lse = top + tl.log(tl.sum(tl.where(total == 0.0, 0.0, total * scale), 1))
-    lse = tl.where(top == float("inf"), float("nan"), lse)  # as in torch
     goal = tl.load(target + row, mask=inside, other=0).to(tl.int64)
     fits = counted & (goal >= 0) & (goal < vocabulary)
     at_goal = tl.load(line + goal * stride_v, mask=fits, other=float("nan")).to(tl.float32)
@@ -1000,7 +1014,9 @@ def _launch_nll(logits: Tensor, target: Tensor, role: Tensor) -> tuple[Tensor, T
     return loss, lse
 
 
-def _launch_nll_gradient(logits: Tensor, target: Tensor, role: Tensor, lse: Tensor, weights: Tensor, out: Tensor) -> Tensor:
+def _launch_nll_gradient(
+    logits: Tensor, target: Tensor, role: Tensor, lse: Tensor, weights: Tensor, out: Tensor
+) -> Tensor:
     rows, count, vocabulary = _by_rows(logits), role.numel(), logits.shape[-1]
     tile, columns, warps = _tile(vocabulary)
     if count:
@@ -1036,7 +1052,7 @@ class _HeadCrossEntropy(torch.autograd.Function):  # from hidden states [N, D] a
         grad_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if to_hidden else None
         grad_head = torch.zeros_like(head, memory_format=torch.contiguous_format) if to_head else None
         loss = torch.zeros(role.shape, dtype=weights.dtype, device=hidden.device)
-        chunk = max(CHUNK_ROWS, 2**26 // (len(head) * hidden.dtype.itemsize))  # Sudoku: all rows at once
+        chunk = max(CHUNK_ROWS, CHUNK_BYTES // (len(head) * hidden.dtype.itemsize))
         for rows in (role != IGNORE).nonzero().squeeze(1).split(chunk):  # waits for the device
             x, goal, kind = hidden[rows], target[rows], role[rows]
             logits = x @ head.T
@@ -1088,13 +1104,13 @@ def revision_cross_entropy(
     _check_floating(name, inputs)
     _require(inputs.ndim >= 1, f"{name} must be [..., V or D], got {[*inputs.shape]}")
     if head is not None:
-        _require(head.ndim == 2 and head.shape[1] == inputs.shape[-1], f"head must be [V, {inputs.shape[-1]}], got {[*head.shape]}")
+        fits = head.ndim == 2 and head.shape[1] == inputs.shape[-1]
+        _require(fits, f"head must be [V, {inputs.shape[-1]}], got {[*head.shape]}")
         _check_floating("head", head, like=inputs)
     _require(len(weights) == 3, f"weights must be three numbers, got {weights}")
     vocabulary = inputs.shape[-1] if head is None else len(head)
-    _check_ids("role", role, inputs.shape[:-1], 3, inputs.device, low=IGNORE)
-    _check_ids("target", target.masked_fill(role == IGNORE, 0) if target.shape == role.shape else target,
-               inputs.shape[:-1], vocabulary, inputs.device)  # fmt: skip
+    _check_ids("role", role, inputs.shape[:-1], inputs.device, IGNORE, 3)
+    _check_ids("target", target, inputs.shape[:-1], inputs.device, 0, vocabulary, where=role != IGNORE)
     wide = torch.float64 if inputs.dtype == torch.float64 else torch.float32
     factors = torch.stack([torch.full((), w, dtype=wide, device=inputs.device) for w in weights])
     triton_rows = use_triton(impl, inputs)
@@ -1109,3 +1125,409 @@ def revision_cross_entropy(
     else:
         total, parts = _revision_cross_entropy_torch(inputs, target, role, factors)
     return total, *parts.detach().unbind()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# 5. The benchmark:  python kernels.py
+
+SHAPES = {  # N, V, D
+    "LLaDA-8B, 8 x 1024": (8192, 126464, 4096),
+    "Lumina-DiMOO, 4096": (4096, 8193, 4096),
+    "Sudoku, 512 boards": (41472, 10, 128),
+}
+SMALL = {"small": (96, 300, 32)}
+
+
+class _LargestTensor(TorchDispatchMode):
+    """Records the bytes of the largest tensor that any operation makes."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, function, types_, args=(), keywords=None):
+        result = function(*args, **(keywords or {}))
+        for x in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(x, Tensor):
+                self.bytes = max(self.bytes, x.numel() * x.element_size())
+        return result
+
+
+class Benchmark:
+    """Times forms of one computation side by side, prints a table each, and keeps every row for the JSON file."""
+
+    def __init__(self, device: str, smoke: bool):
+        self.device, self.smoke, self.cuda, self.rows = torch.device(device), smoke, device != "cpu", []
+        self.impl = "triton" if self.cuda or INTERPRETED else "torch"
+        size = 2**29 if self.cuda else 2**27 if not smoke else 2**20
+        side = 8192 if self.cuda else 2048 if not smoke else 256
+        source, dtype = torch.ones(size // 4, device=device), torch.bfloat16 if self.cuda else torch.float32
+        target, a = torch.empty_like(source), torch.randn(side, side, device=device).to(dtype)
+        # The two ceilings of this machine, measured: bytes read and written a second, operations a second.
+        self.bandwidth = 2 * size / self.seconds({"": lambda: target.copy_(source)})[""]
+        self.rate = 2 * side**3 / self.seconds({"": lambda: a @ a})[""]
+        print(f"ceilings here: copy {self.bandwidth / 1e9:,.0f} GB/s, {dtype} product {self.rate / 1e12:,.2f} TFLOP/s")
+
+    def seconds(self, forms: dict[str, Callable], graph: bool = False) -> dict[str, float]:
+        """Median seconds of each form; on CPU in turns, so that a disturbance meets all of them."""
+        if self.cuda:
+            timer = triton.testing.do_bench_cudagraph if graph else triton.testing.do_bench
+            return {name: timer(form, rep=100, return_mode="median") / 1e3 for name, form in forms.items()}
+        times: dict[str, list[float]] = {name: [] for name in forms}
+        for repeat in range(2 if self.smoke else 8):
+            for name, form in forms.items():
+                began = time.perf_counter()
+                form()
+                times[name] += [time.perf_counter() - began] if repeat else []  # the first warms up
+        return {name: statistics.median(values) for name, values in times.items()}
+
+    def peak(self, form: Callable) -> float:
+        """MiB that a form needs beyond its inputs: the allocator's peak on a GPU, the largest tensor on CPU."""
+        if self.cuda:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            form()
+            return (torch.cuda.max_memory_allocated() - before) / 2**20
+        with _LargestTensor() as largest:
+            form()
+        return largest.bytes / 2**20
+
+    def table(
+        self, kernel: str, shape: str, forms: dict[str, Callable], inputs: list[tuple], moved: float = 0,
+        flops: float = 0, differ: Callable | None = None, graphs: tuple[str, ...] = (),
+    ) -> None:  # fmt: skip
+        """Times forms (each called with one of the input sets in turn).  ratio: the first form's time over this one's.
+
+        share: floor over time, floor = max(moved / bandwidth, flops / rate).  differ(result, first form's result).
+        """
+        floor = max(moved / self.bandwidth, flops / self.rate)
+        memory = "peak MiB" if self.cuda else "largest MiB"
+        print(f"\n{kernel}: {shape}; {moved / 1e6:,.1f} MB, {flops / 1e9:,.1f} GFLOP, floor {floor * 1e6:,.1f} us")
+        print(f"  {'form':44}{'us':>12}{'ratio':>9}{'share':>8}{memory:>13}{'differs':>10}")
+        expected, calls, difference, peak = None, {}, {}, {}
+        for name, form in forms.items():
+            sets = itertools.cycle(inputs)
+            calls[name] = lambda form=form, sets=sets: form(*next(sets))
+            try:
+                result = form(*inputs[0])
+                expected = result if expected is None else expected
+                difference[name] = float(differ(result, expected)) if differ else 0.0
+                del result
+                peak[name] = self.peak(lambda: form(*inputs[0]))
+            except torch.OutOfMemoryError:
+                print(f"  {name:44}{'out of memory':>12}")
+                del calls[name]
+        del expected
+        times = self.seconds(calls)
+        if self.cuda:
+            for name in graphs:
+                times |= self.seconds({f"{name}, CUDA graph": calls[name]}, graph=True)
+        first = next(iter(times.values()))
+        for name, value in times.items():
+            row = {
+                "kernel": kernel, "shape": shape, "form": name, "microseconds": value * 1e6,
+                "floor_microseconds": floor * 1e6, "bytes": moved, "flops": flops, "ratio": first / value,
+                "share": floor / value, "memory_mib": peak.get(name), "differs": difference.get(name),
+            }  # fmt: skip
+            self.rows.append(row)
+            tail = f"{peak[name]:>13,.1f}{difference[name]:>10.1e}" if name in peak else ""
+            print(f"  {name:44}{value * 1e6:>12,.1f}{row['ratio']:>9.2f}{row['share']:>8.1%}{tail}", flush=True)
+
+    def compiled(self, function: Callable) -> Callable:
+        torch._dynamo.reset()
+        return torch.compile(function, dynamic=False)
+
+    def sets(self, make: Callable[[], tuple], size: float) -> list[tuple]:
+        """Input sets that together exceed three times a 50 MB L2."""
+        return [make() for _ in range(max(1, min(256, int(150e6 / size) + 1)) if self.cuda else 1)]
+
+
+def _full_decision(logits: Tensor, tokens: Tensor, mask_id: int) -> Tensor:
+    """Eq. 1 as one would write it first: a softmax over every row, then where."""
+    p = logits.float().softmax(-1)
+    own, at_mask = p.gather(-1, tokens.unsqueeze(-1)).squeeze(-1), p[..., mask_id]
+    best = p.index_fill(-1, torch.tensor([mask_id], device=p.device), -1).argmax(-1)
+    return torch.where(tokens == mask_id, best, torch.where(at_mask > own, mask_id, tokens))
+
+
+def _visible_decision(hidden: Tensor, head: Tensor, tokens: Tensor, mask_id: int) -> Tensor:
+    own = (hidden.float() * head[tokens].float()).sum(-1)
+    return torch.where(hidden.float() @ head[mask_id].float() > own, mask_id, tokens)
+
+
+def _share_unequal(x: Tensor, y: Tensor) -> Tensor:
+    return (x != y).float().mean()
+
+
+def _relative_error(x: tuple, y: tuple) -> float:
+    return max(float((a.float() - b.float()).norm() / b.float().norm().clamp(min=1e-30)) for a, b in zip(x, y))
+
+
+def _masked_tokens(count: int, vocabulary: int, masked: int, device: torch.device) -> Tensor:
+    tokens = torch.randint(vocabulary - 1, (count,), device=device)
+    tokens[torch.randperm(count, device=device)[:masked]] = vocabulary - 1
+    return tokens
+
+
+def benchmark_decisions(
+    bench: Benchmark, name: str, count: int, vocabulary: int, width: int, dtype: torch.dtype
+) -> None:
+    mask_id, device, item, impl = vocabulary - 1, bench.device, dtype.itemsize, bench.impl
+    graphs = (impl,) if vocabulary <= FUSED_VOCABULARY else ()
+
+    def on_rows(logits, tokens, rows):  # the masked rows alone; two logits of the others
+        own = logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+        following = torch.where(logits[:, mask_id] > own, mask_id, tokens)
+        chosen = logits[rows].float().index_fill(-1, torch.tensor([mask_id], device=device), -torch.inf)
+        return following.index_copy(0, rows, chosen.log_softmax(-1).max(-1).indices)
+
+    for share in (1, 0.25):
+        masked = int(count * share)
+        moved = masked * vocabulary * item + (count - masked) * 64
+
+        def logit_inputs():
+            tokens = _masked_tokens(count, vocabulary, masked, device)
+            logits = torch.randn(count, vocabulary, device=device, dtype=dtype)
+            return logits, tokens, (tokens == mask_id).nonzero().squeeze(1)
+
+        forms = {"eager, all rows": lambda x, t, r: _full_decision(x, t, mask_id)}
+        if bench.cuda:
+            forms["compiled, all rows"] = bench.compiled(forms["eager, all rows"])
+            forms["compiled, masked rows"] = bench.compiled(on_rows)
+        forms["eager, masked rows"] = on_rows
+        forms[impl] = lambda x, t, r: decide_from_logits(x, t, mask_id, impl=impl).following
+        inputs = bench.sets(logit_inputs, count * vocabulary * item)
+        bench.table("decide_from_logits", f"{name}, {share:.0%} masked", forms, inputs, moved, 4 * masked * vocabulary,
+                    _share_unequal, graphs)  # fmt: skip
+        del inputs
+
+    for masked in sorted({count, count // 4, count // 20, min(32, count)}, reverse=True):
+
+        def hidden_inputs():
+            hidden = torch.randn(count, width, device=device).to(dtype)
+            head = (torch.randn(vocabulary, width, device=device) * width**-0.5).to(dtype)
+            tokens = _masked_tokens(count, vocabulary, masked, device)
+            return hidden, head, tokens, (tokens == mask_id).nonzero().squeeze(1)
+
+        def unfused(hidden, head, tokens, rows):  # the library's product on the masked rows, then kernel 1
+            best = decide_from_logits(hidden[rows] @ head.T, tokens[rows], mask_id, impl=impl).best
+            return _visible_decision(hidden, head, tokens, mask_id).index_copy(0, rows, best)
+
+        def unfused_torch(hidden, head, tokens, rows):
+            best = (hidden[rows] @ head.T)[:, :mask_id].float().log_softmax(-1).max(-1).indices
+            return _visible_decision(hidden, head, tokens, mask_id).index_copy(0, rows, best)
+
+        forms = {"eager, all logits": lambda h, w, t, r: _full_decision(h @ w.T, t, mask_id)}
+        if bench.cuda:
+            forms["compiled, all logits"] = bench.compiled(forms["eager, all logits"])
+            forms["compiled, masked rows"] = bench.compiled(unfused_torch)
+        forms["product on masked rows, then kernel 1"] = unfused
+        forms["torch"] = lambda h, w, t, r: decide_from_hidden(h, w, t, mask_id, impl="torch").following
+        if impl == "triton":
+            forms["triton"] = lambda h, w, t, r: decide_from_hidden(h, w, t, mask_id, impl="triton").following
+        moved = (vocabulary * (masked > 0) + 2 * count - masked) * width * item
+        inputs = bench.sets(hidden_inputs, (vocabulary + count) * width * item)
+        bench.table("decide_from_hidden", f"{name}, {masked} masked", forms, inputs, moved,
+                    2 * masked * vocabulary * width, _share_unequal, graphs)  # fmt: skip
+        del inputs
+
+
+def benchmark_history(
+    bench: Benchmark, name: str, count: int, vocabulary: int, width: int, dtype: torch.dtype
+) -> None:
+    device, item, impl = bench.device, dtype.itemsize, bench.impl
+    embedding = torch.randn(vocabulary, width, device=device).to(dtype)
+
+    def inputs(turns):
+        return lambda: (
+            torch.randint(vocabulary, (turns, count), device=device),
+            torch.randn(count, width, device=device),
+        )
+
+    def eager(states, a):
+        new = F.embedding(states[-1], embedding).float() + _turned_back(a, 0.9, True)
+        return new, F.rms_norm(new, (width,), eps=1e-6).to(dtype)
+
+    forms = {"eager": eager}
+    if bench.cuda:
+        forms["compiled"] = bench.compiled(eager)
+    forms[impl] = lambda states, a: history_step(a, states[-1], embedding, impl=impl)
+    gathered = min(count, vocabulary) * width * item  # embedding rows: each at most once from memory
+    moved = count * width * (8 + item) + gathered
+    bench.table("history_step", name, forms, bench.sets(inputs(1), 12 * count * width), moved,
+                differ=_relative_error, graphs=(impl,))  # fmt: skip
+
+    upstream = torch.randn(count, width, device=device).to(dtype)
+    leaf = embedding.clone().requires_grad_()
+
+    def with_gradient(function):
+        def run(states, a):
+            out = function(states, leaf)
+            return out.detach(), torch.autograd.grad(out, leaf, upstream)[0]
+
+        return run
+
+    reference = functools.partial(_history_sum_torch, gamma=0.9, rotate=True, normalize=True)
+    forms = {"eager": with_gradient(reference)}
+    if bench.cuda:
+        forms["compiled"] = with_gradient(bench.compiled(reference))
+    forms[impl] = with_gradient(lambda states, leaf: history_sum(states, leaf, impl=impl))
+    moved = 7 * gathered * 2 + count * width * item * 2 + vocabulary * width * (4 + item)
+    bench.table("history_sum, 7 states, with gradient", name, forms, bench.sets(inputs(7), 12 * count * width), moved,
+                differ=_relative_error)  # fmt: skip
+
+
+def benchmark_losses(
+    bench: Benchmark, name: str, count: int, vocabulary: int, width: int, dtype: torch.dtype
+) -> None:
+    device, item, impl = bench.device, dtype.itemsize, bench.impl
+    target, role = (torch.randint(high, (count,), device=device) for high in (vocabulary, 3))
+
+    def with_gradient(function):
+        def run(*leaves):
+            total = function(*leaves)
+            return total.detach(), *torch.autograd.grad(total, leaves)
+
+        return run
+
+    def from_logits(x):
+        return F.cross_entropy(x.float(), target)
+
+    def from_hidden(hidden, head):
+        return F.cross_entropy((hidden @ head.T).float(), target)
+
+    logit_forms, hidden_forms = {"eager": with_gradient(from_logits)}, {"eager": with_gradient(from_hidden)}
+    if bench.cuda:
+        logit_forms["compiled"] = with_gradient(bench.compiled(from_logits))
+        hidden_forms["compiled"] = with_gradient(bench.compiled(from_hidden))
+        if importlib.util.find_spec("liger_kernel"):  # a peer, where it is installed; it writes into its logits
+            from liger_kernel.transformers import LigerCrossEntropyLoss, LigerFusedLinearCrossEntropyLoss
+
+            peer, fused_peer = LigerCrossEntropyLoss(), LigerFusedLinearCrossEntropyLoss()
+            logit_forms["Liger (with a copy of the logits)"] = with_gradient(lambda x: peer(x.clone(), target))
+            hidden_forms["Liger"] = with_gradient(lambda hidden, head: fused_peer(head, hidden, target))
+        hidden_forms["product, then kernel 4"] = with_gradient(
+            lambda hidden, head: revision_cross_entropy(hidden @ head.T, target, role, impl=impl)[0]
+        )
+    logit_forms[impl] = with_gradient(lambda x: revision_cross_entropy(x, target, role, impl=impl)[0])
+    hidden_forms[impl] = with_gradient(lambda x, head: revision_cross_entropy(x, target, role, head=head, impl=impl)[0])
+
+    def leaf(rows, columns, scale=1.0):
+        return (torch.randn(rows, columns, device=device) * scale).to(dtype).requires_grad_()
+
+    size = count * vocabulary * item
+    inputs = bench.sets(lambda: (leaf(count, vocabulary),), size)
+    bench.table("revision_cross_entropy, with gradient", name, logit_forms, inputs, 3 * size, differ=_relative_error)
+    size = (vocabulary + count) * width * item
+    inputs = bench.sets(lambda: (leaf(count, width), leaf(vocabulary, width, width**-0.5)), size)
+    bench.table("revision_cross_entropy from hidden states, with gradient", name, hidden_forms, inputs,
+                2 * size, 6 * count * vocabulary * width, _relative_error)  # fmt: skip
+
+
+def benchmark_sparse_on_cpu(bench: Benchmark) -> None:
+    """What needs no Triton: the head at masked rows only, float32."""
+    count, vocabulary, width = (64, 500, 32) if bench.smoke else (4096, 32000, 512)
+    for share in (0.25, 0.05):
+        masked = int(count * share)
+        hidden, head = torch.randn(count, width), torch.randn(vocabulary, width) * width**-0.5
+        inputs = [(hidden, head, _masked_tokens(count, vocabulary, masked, bench.device))]
+        mask_id, shape = vocabulary - 1, f"N={count} V={vocabulary} D={width} float32, {share:.0%} masked"
+        forms = {
+            "full logits, softmax, where": lambda h, w, t: _full_decision(h @ w.T, t, mask_id),
+            "decide_from_hidden, torch": lambda h, w, t: decide_from_hidden(h, w, t, mask_id, impl="torch").following,
+        }
+        moved = (vocabulary + 2 * count - masked) * width * 4
+        bench.table("sparse decision without Triton", shape, forms, inputs, moved,
+                    2 * masked * vocabulary * width, _share_unequal)  # fmt: skip
+
+
+def benchmark_recurrence(bench: Benchmark) -> None:
+    """A turn of the recurrence early and late, and against summing 16 past states anew; under 4 GB at full size."""
+    count, vocabulary, width = (64, 50, 32) if bench.smoke else (8192, 32000, 4096)
+    device, dtype = bench.device, torch.bfloat16 if bench.cuda else torch.float32
+    embedding = torch.randn(vocabulary, width, device=device).to(dtype)
+    states = torch.randint(vocabulary, (16, count), device=device)
+
+    def synchronized() -> float:
+        if bench.cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    a, times = None, []
+    for turn in range(104):
+        began = synchronized()
+        a, _ = history_step(a, states[turn % 16], embedding)
+        times.append(synchronized() - began)
+    early, late = statistics.median(times[1:8]), statistics.median(times[96:103])  # turns 2 to 8, 97 to 103
+    row = {
+        "kernel": "history_step by turn", "shape": f"N={count} D={width}", "turn_2_microseconds": early * 1e6,
+        "turn_100_microseconds": late * 1e6, "ratio": late / early,
+    }  # fmt: skip
+    bench.rows.append(row)
+    print(f"\nhistory_step by turn: {early * 1e6:,.1f} us at 2, {late * 1e6:,.1f} us at 100, ratio {late / early:.3f}")
+
+    def anew(a, states):
+        total = torch.zeros(count, width, device=device)
+        for k, state in enumerate(states):
+            angle = (k - 15) * 10000.0 ** (-torch.arange(0, width, 2, device=device) / width)
+            cos, sin = angle.cos(), angle.sin()
+            u, v = F.embedding(state, embedding).float().chunk(2, -1)
+            total += torch.cat([u * cos - v * sin, u * sin + v * cos], -1) * 0.9 ** (15 - k)
+        return F.rms_norm(total, (width,), eps=1e-6).to(dtype)
+
+    a = None
+    for state in states[:15]:
+        a, _ = history_step(a, state, embedding)
+    forms = {
+        "embed, rotate and sum 16 states": anew,
+        "history_step": lambda a, states: history_step(a, states[-1], embedding)[1],
+    }
+    bench.table("history at turn 16", f"N={count} D={width} {dtype}", forms, [(a, states)],
+                count * width * (8 + 2 * dtype.itemsize), differ=lambda x, y: _relative_error((x,), (y,)))  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Check and time every operation of this file against PyTorch.")
+    found = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=found, help="cuda, cuda:1, ... or cpu (default, as found: %(default)s)")
+    parser.add_argument("--smoke", action="store_true", help="tiny shapes, seconds; the times mean nothing")
+    where = "default results/kernels_<device>.json; none with --smoke"
+    parser.add_argument("--json", type=Path, metavar="FILE", help=where)
+    parser.add_argument("--only", choices=("decisions", "history", "losses"), help="on a GPU, time this part alone")
+    options = parser.parse_args()
+    there = options.device == "cpu" or (options.device.split(":")[0] == "cuda" and torch.cuda.is_available())
+    if not there:
+        print(f"kernels.py: device {options.device!r} is not there", file=sys.stderr)
+        return 2
+    torch.manual_seed(0)
+    cuda, name = options.device != "cpu", "cpu"
+    if cuda:
+        torch.cuda.set_device(options.device)
+        name = torch.cuda.get_device_name().replace(" ", "-").lower()
+    print(which_path(options.device))
+    bench = Benchmark(options.device, options.smoke)
+    parts = {"decisions": benchmark_decisions, "history": benchmark_history, "losses": benchmark_losses}
+    if cuda or options.smoke:
+        for shape, (count, vocabulary, width) in (SMALL if options.smoke else SHAPES).items():
+            dtype = torch.bfloat16 if cuda else torch.float32
+            for part, run in parts.items():
+                if options.only in (None, part):
+                    run(bench, shape, count, vocabulary, width, dtype)
+    if not cuda:
+        print("\nno GPU here: the kernels are not timed, only what PyTorch does on CPU")
+        benchmark_sparse_on_cpu(bench)
+    benchmark_recurrence(bench)
+    versions = {"python": sys.version.split()[0], "torch": torch.__version__, "triton": triton and triton.__version__}
+    results = {
+        "device": name, "smoke": options.smoke, "threads": torch.get_num_threads(), "versions": versions,
+        "copy_bytes_per_second": bench.bandwidth, "flops_per_second": bench.rate, "rows": bench.rows,
+    }  # fmt: skip
+    path = options.json or (None if options.smoke else Path("results") / f"kernels_{name}.json")
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(results, indent=1) + "\n")
+        print(f"\nwrote {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -280,6 +280,11 @@ def truth_everywhere(state: Tensor, clean: Tensor, mask_id: int, editable: Tenso
     return clean, rm.oracle_action(state, clean, mask_id, editable)[1]
 
 
+def eq1(max_turns: int) -> Callable[..., Tensor]:
+    """Reflective Masking's own rule, in the form of the baselines: made from the number of turns."""
+    return rm.decide
+
+
 BASELINES = {  # on the plain network; a fresh rule for each chunk of boards, made from the number of turns
     "one-shot": lambda turns: direct_replacement,
     "direct replacement": lambda turns: direct_replacement,
@@ -299,7 +304,7 @@ def evaluate(
     clean: Tensor,
     start: Tensor,
     max_turns: int = 32,
-    rule: Callable[[int], Callable] = lambda turns: rm.decide,
+    rule: Callable[[int], Callable] = eq1,
     editable: Tensor | None = None,
     reveal: int | None = None,
     chunk: int = 500,
@@ -370,7 +375,10 @@ def measured_steps(minutes: float, variant: str, pool: Tensor, args) -> int:
     """How many steps fit the time here: 30 steps of a throw-away model are timed after 10 to warm up."""
     model = MaskDiffusionTransformer(sudoku_config()).to(pool.device)
     seconds = [stats["seconds"] for _, stats in training_run(model, variant, pool, args, 40, warmup=40)]
-    return max(1, int(minutes * 60 * 30 / (seconds[-1] - seconds[9])))
+    steps = torch.tensor(max(1, int(minutes * 60 * 30 / (seconds[-1] - seconds[9]))), device=pool.device)
+    if rm.dist.is_initialized():  # every process has to make the same number
+        rm.dist.broadcast(steps, 0)
+    return int(steps)
 
 
 def train_variant(variant: str, args) -> dict:
@@ -397,9 +405,7 @@ def train_variant(variant: str, args) -> dict:
     every = max(1, min(250, steps // 8))
     notes = {"steps": steps, "curve": curve}
     plain, (gamma, rotate) = variant == "plain", VARIANTS[variant]
-    rule = lambda turns: rm.decide  # noqa: E731
-    if plain or variant == "direct":
-        rule = BASELINES["low-confidence re-masking" if plain else "direct replacement"]
+    rule = {"plain": BASELINES["low-confidence re-masking"], "direct": BASELINES["direct replacement"]}.get(variant, eq1)
     if main:
         print(f"{variant}, seed {args.seed}: {steps} steps of {TRAINING['batch_size']} boards on {device}")
     run = training_run(model, variant, pool, args, steps, checkpoint=resume, checkpoint_every=every, notes=notes)
@@ -423,9 +429,11 @@ def train_variant(variant: str, args) -> dict:
         return {}
     clean = random_boards(args.n, TEST_SEED)
     test = corrupt(clean, *args.corrupt, TEST_SEED)
-    record = {"variant": variant, "seed": args.seed, "steps": steps, "minutes": stats["seconds"] / 60, "curve": curve}
-    record |= {"gamma": gamma, "rotate": rotate, "training": TRAINING, "provenance": rm.provenance()}
-    rm.save_checkpoint(name.with_suffix(".pt"), model, task="sudoku", **{k: v for k, v in record.items() if k != "curve"})
+    record = {"variant": variant, "seed": args.seed, "steps": steps, "minutes": curve[-1]["minutes"]}
+    record |= {"gamma": gamma, "rotate": rotate, "second_guess": args.second_guess, "training": TRAINING}
+    record |= {"precision": args.precision, "compiled": args.compile, "provenance": rm.provenance()}
+    rm.save_checkpoint(name.with_suffix(".pt"), model, task="sudoku", **record)
+    record["curve"] = curve
     if plain:
         record["baselines"] = {
             key: evaluate(model, gamma, rotate, clean, test, 1 if key == "one-shot" else args.max_turns, rule)
@@ -433,7 +441,6 @@ def train_variant(variant: str, args) -> dict:
         }
     else:
         record["test"] = evaluate(model, gamma, rotate, clean, test, args.max_turns, rule)
-        record["one-shot"] = evaluate(model, gamma, rotate, clean, test, 1, lambda turns: direct_replacement)
     write_json(name.with_suffix(".json"), record)
     resume.unlink(missing_ok=True)
     return record
