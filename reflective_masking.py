@@ -474,6 +474,7 @@ def train(
     weights: tuple[float, float, float] = (1, 1, 1),
     own_states: float = 0.0,
     window: int = 12,
+    accept: Callable[[Tensor], Tensor] | None = None,
     precision: str = "float32",
     compile: bool = False,
     checkpoint: Path | None = None,
@@ -492,6 +493,9 @@ def train(
     own_states: the share of the batch that goes on from the model's own decision of the step before (Eq. 1 on the
     logits of the training step, so it costs no forward pass) until it settles or has window states.  The oracle
     labels any state, so these need no other loss.  Ours; the paper trains on synthetic trajectories alone (0).
+    accept: a check that needs no truth, int64 [B, N] -> bool [B], such as the rules of a puzzle or the tests of a
+    program; a state it accepts ends its row too.  Without it, where several answers are as likely, the model
+    learns that a good answer is wrong more often than not, and never settles.
     precision: "float32" or "bf16" (autocast).  compile: torch.compile the network.
     checkpoint: a file, written by rename after every checkpoint_every steps, when the caller asks for the next; when
     it exists the run goes on from it, on CPU with the same result as an unbroken run.  notes: saved in it as it is.
@@ -579,6 +583,8 @@ def train(
         if own_states:  # the model's own next state, from the logits at hand
             following = rule(logits.detach(), states[-1], mask_id, editable)
             changed = (following != states[-1]).any(-1, keepdim=True)
+            if accept is not None:
+                changed &= ~accept(following).unsqueeze(-1)
             carried = {
                 "states": torch.cat([states[1:], following.unsqueeze(0)]),
                 "clean": clean,

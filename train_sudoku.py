@@ -47,7 +47,7 @@ VARIANTS = {  # gamma, rotate: four settings of Eq. 2
     "plain": (0.0, False),  # plain mask diffusion, trained on masks alone: the baselines' network
     "direct": (0.0, False),  # RM's states, but every cell's target is the truth: no MASK action, no re-masking
 }
-TRAINING = dict(batch_size=64, learning_rate=2.5e-3, own_states=0.0)  # own states: see --study data
+TRAINING = dict(batch_size=64, learning_rate=2.5e-3)
 TEST_SEED, VALIDATION_SEED = 1_000_000, 2_000_000  # training boards use the seeds below a million
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -363,7 +363,7 @@ def training_run(model, variant: str, pool: Tensor, args, steps: int, **changes)
     gamma, rotate = VARIANTS[variant]
     plain = variant == "plain"
     settings = TRAINING | dict(gamma=gamma, rotate=rotate, compile=args.compile, precision=args.precision)
-    settings |= dict(seed=args.seed)
+    settings |= dict(seed=args.seed, own_states=0.0 if plain else args.own_states, accept=is_valid)
     if variant == "direct":
         settings |= dict(oracle=truth_everywhere, rule=direct_replacement)
     second_guess = changes.pop("second_guess", args.second_guess)
@@ -431,6 +431,7 @@ def train_variant(variant: str, args) -> dict:
     test = corrupt(clean, *args.corrupt, TEST_SEED)
     record = {"variant": variant, "seed": args.seed, "steps": steps, "minutes": curve[-1]["minutes"]}
     record |= {"gamma": gamma, "rotate": rotate, "second_guess": args.second_guess, "training": TRAINING}
+    record |= {"own_states": args.own_states}
     record |= {"precision": args.precision, "compiled": args.compile, "provenance": rm.provenance()}
     rm.save_checkpoint(name.with_suffix(".pt"), model, task="sudoku", **record)
     record["curve"] = curve
@@ -607,6 +608,7 @@ STUDIES = {
             "second guesses": ("full", {"own_states": 0.0, "second_guess": 0.3}),
             "own states": ("full", {"own_states": 0.5, "second_guess": 0.0}),
             "own states, second guesses": ("full", {"own_states": 0.5, "second_guess": 0.3}),
+            "the same, valid boards not accepted": ("full", {"own_states": 0.5, "second_guess": 0.3, "accept": None}),
         },
         args,
     ),
@@ -864,6 +866,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--minutes", type=float, default=15, help="training time; turned into a number of steps (default 15)")
     add("--steps", type=int, help="train exactly this many steps instead, for equal training")
     add("--second-guess", type=float, default=0.3, help="share of second wrong guesses in trajectories (default 0.3)")
+    add("--own-states", type=float, default=0.5, help="share of the batch that goes on from the model's own decisions")
     add("--pool", type=int, default=10_000, help="training boards before symmetries (default 10000)")
     add("--validation", type=int, default=300, help="validation boards (default 300)")
     add("--study-steps", type=int, default=800, help="training steps a model in --study gamma and data")
@@ -894,8 +897,8 @@ def parse_arguments() -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     if args.minutes <= 0 or (args.steps is not None and args.steps < 1):
         parser.error("--minutes and --steps must be positive")
-    if not 0 <= args.second_guess <= 1:
-        parser.error("--second-guess must lie in [0, 1]")
+    if not (0 <= args.second_guess <= 1 and 0 <= args.own_states <= 1):
+        parser.error("--second-guess and --own-states must lie in [0, 1]")
     return args
 
 
