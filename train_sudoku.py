@@ -782,13 +782,13 @@ def revise_board(args, board: Tensor, solve: bool) -> dict:
 
 def print_table(rows: dict[str, dict]) -> None:
     """The paper's Sudoku table beside ours: label -> an evaluation."""
-    print(f"\n{'':44}{'exact %':>22}{'valid %':>9}{'replay %':>10}{'conflict cells':>16}{'turns':>7}")
+    print(f"\n{'':48}{'exact %':>22}{'valid %':>9}{'replay %':>10}{'conflict cells':>16}{'turns':>7}")
     for variant, (exact, valid, replay, cells) in PAPER.items():
-        print(f"{'paper, ' + variant:44}{exact:>8.1f}{'':14}{valid:>9.1f}{replay:>10.2f}{cells:>16.3f}")
+        print(f"{'paper, ' + variant:48}{exact:>8.1f}{'':14}{valid:>9.1f}{replay:>10.2f}{cells:>16.3f}")
     for label, score in rows.items():
         low, high = (100 * bound for bound in score["ci95_exact"])
         print(
-            f"{label:44}{100 * score['exact']:>8.1f}{f'({low:.1f} to {high:.1f})':>14}{100 * score['valid']:>9.1f}"
+            f"{label:48}{100 * score['exact']:>8.1f}{f' ({low:.1f} to {high:.1f})':<14}{100 * score['valid']:>9.1f}"
             f"{100 * score['replay_mistake']:>10.2f}{score['conflict_cells']:>16.3f}{score['mean_turns']:>7.1f}"
         )
     print(f"ours: n = {next(iter(rows.values()))['n']} boards, 95 % intervals; the paper's boards are not published")
