@@ -65,14 +65,15 @@ def history_embedding(
         raise ValueError(f"history_embedding: states has ids outside {ABSENT}..{len(embedding) - 1}")
     if gamma == 0:
         states = states[-1:]
-    dtype, embedding = embedding.dtype, embedding if embedding.dtype == torch.float64 else embedding.float()
+    dtype = embedding.dtype
     ages = range(len(states) - 1, -1, -1)
     vocabulary = len(embedding)
 
     def aged(x: Tensor, age: int) -> Tensor:
+        x = x if x.dtype == torch.float64 else x.float()
         return (rotate_pairs(x, -age) if rotate and age else x) * gamma**age
 
-    if vocabulary * len(states) <= states[0].numel():
+    if vocabulary * len(states) <= min(states[0].numel(), 512):
         # Rotation and decay are linear: with a small vocabulary, age the V embeddings once a turn; the sum over
         # turns is then one product of 0/1 indicators [B*N, (T+1)*V] with that table, ten times faster than
         # T+1 lookups and their scattered gradients.  ABSENT points at a last column that is dropped.
@@ -80,7 +81,8 @@ def history_embedding(
         offset = torch.arange(len(states), device=states.device).view(-1, 1, 1) * vocabulary
         columns = torch.where(states == ABSENT, len(table), states + offset).flatten(1).T
         indicator = table.new_zeros(len(columns), len(table) + 1).scatter_(1, columns, 1)
-        total = (indicator[:, :-1] @ table).view(*states.shape[1:], -1)
+        with torch.autocast(table.device.type, enabled=False):  # not in bf16, whatever the caller's autocast says
+            total = (indicator[:, :-1] @ table).view(*states.shape[1:], -1)
     else:
         total = sum(
             aged(F.embedding(state.clamp(min=0), embedding) * (state != ABSENT).unsqueeze(-1), age)

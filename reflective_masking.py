@@ -12,10 +12,10 @@
 
 Shapes: B sequences, N positions, V vocabulary with MASK, D width, T trajectory length.
 
-What differs from the paper is optional and off by default in these functions, except that a role's loss is
-divided by the number of all editable positions, so that the three add up to the plain cross-entropy:
-second guesses (sample_trajectory), training on the model's own revision states (train, own_states), the bias
-for positions that share a coordinate (TransformerConfig.coordinates).
+What differs from the paper: a role's loss is divided by the number of all editable positions, so that the three add
+up to the plain cross-entropy; train uses Muon; and, optional and off by default, second guesses (sample_trajectory),
+training on the model's own revision states (train: own_states, accept) and a bias for positions that share a
+coordinate (TransformerConfig.coordinates).
 """
 
 import math
@@ -286,9 +286,9 @@ def topk_wrong(
     """
     if logits.shape[-1] < 3:
         raise ValueError(f"topk_wrong: logits must have V >= 3, got shape {tuple(logits.shape)}")
-    excluded = F.one_hot(clean, logits.shape[-1]).bool()
-    excluded[..., mask_id] = True
-    ranked = logits.masked_fill(excluded, -torch.inf).topk(min(k, logits.shape[-1] - 2), dim=-1).indices
+    allowed = logits.scatter(-1, clean.unsqueeze(-1), -torch.inf)
+    allowed[..., mask_id] = -torch.inf
+    ranked = allowed.topk(min(k, logits.shape[-1] - 2), dim=-1).indices
     pick = torch.randint(ranked.shape[-1], (*clean.shape, count), generator=generator, device=clean.device)
     return ranked.gather(-1, pick).movedim(-1, 0)
 
@@ -386,13 +386,18 @@ def revise(
     trace: bool = False,
     patience: int | None = None,
     rule: Callable[..., Tensor] = decide,
+    head: Tensor | None = None,
 ) -> Revision:
     """Revises until nothing changes: at every turn Eq. 2 (history), one forward pass (denoiser), Eq. 1 (decide).
 
     denoiser: any callable from input embeddings [B, N, D] to logits [B, N, V], say the transformer above or
     lambda e: hf_model(inputs_embeds=e).logits.  tokens: int64 [B, N], MASK where nothing stands yet.
-    history: HistoryReference on the model's embedding; it is reset first.  editable, reveal: as for decide.
-    rule: Eq. 1, or a baseline's rule with decide's parameters.
+    history: HistoryReference on the model's embedding; it is reset first.  editable: as for decide.  reveal: an int.
+    Finished sequences leave the batch, so a denoiser that holds something a sequence (a padding mask, say) must
+    not count on B: revise such sequences one by one, or let it read what it needs from its input.
+    rule: Eq. 1, or a baseline's rule with decide's parameters.  head: float [V, D]; denoiser then returns hidden
+    states [B, N, D].  (The form that never holds the logits of all positions is kernels.decide_from_hidden; this
+    function does not call it yet.)
 
     A sequence ends, leaves the batch and gets its status when
       FIXED_POINT   the turn changed nothing.  With history the memory still changes after that, so a later
@@ -417,6 +422,8 @@ def revise(
     returns: list[dict[bytes, int]] = [{key: 0} for key in _row_keys(tokens)]  # how often each state came back
     for turn in range(1, max_turns + 1):
         logits = denoiser(history.push(tokens))  # Eq. 2 and the network
+        if head is not None:
+            logits = F.linear(logits, head)
         following = rule(logits, tokens, mask_id, editable=free, reveal=reveal)  # Eq. 1
         settled = (following == tokens).all(-1).tolist()
         ends = torch.zeros(len(running), dtype=torch.bool)
@@ -431,7 +438,7 @@ def revise(
         if ends.any():
             ends = ends.to(tokens.device)
             complete = decide(logits, tokens, mask_id, editable=free, allow_remask=False)
-            following = torch.where(ends.unsqueeze(-1), complete, following)
+            following = torch.where(ends.unsqueeze(-1) & (following == mask_id), complete, following)
         result[running] = following
         if trace:
             states.append(result.clone())
@@ -528,10 +535,9 @@ def train(
     matrices = [p for p in model.blocks.parameters() if p.ndim == 2 and min(p.shape) >= 16]
     chosen = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in chosen]
-    optimizers = [
-        torch.optim.Muon(matrices, MUON_FACTOR * learning_rate, weight_decay=weight_decay),
-        torch.optim.AdamW(others, learning_rate, betas=(0.9, 0.98), weight_decay=0.0),
-    ]
+    optimizers = [torch.optim.AdamW(others, learning_rate, betas=(0.9, 0.98), weight_decay=0.0)]
+    if matrices:
+        optimizers.append(torch.optim.Muon(matrices, MUON_FACTOR * learning_rate, weight_decay=weight_decay))
 
     def scale(step: int) -> float:
         return min((step + 1) / max(warmup, 1), 0.5 + 0.5 * math.cos(math.pi * step / steps))
@@ -571,12 +577,13 @@ def train(
         total, reveal, remask, keep = revision_loss(logits, target, role, weights)
         for optimizer in optimizers:
             optimizer.zero_grad()
+        objective = total
         if world > 1:  # every process divided by its own editable positions; DDP's mean needs everyone's
             count = (role != IGNORE).sum()
             everyone = count.clone()
             dist.all_reduce(everyone)
-            total = total * (count * world / everyone.clamp(min=1))
-        total.backward()
+            objective = total * (count * world / everyone.clamp(min=1))
+        objective.backward()
         nn.utils.clip_grad_norm_(model.parameters(), clip)
         for part in optimizers + schedules:
             part.step()
@@ -597,7 +604,7 @@ def train(
             "reveal": reveal.detach(),
             "remask": remask.detach(),
             "keep": keep.detach(),
-            "learning_rate": schedules[1].get_last_lr()[0],
+            "learning_rate": schedules[0].get_last_lr()[0],
             "seconds": seconds,
         }
         if checkpoint and (step + 1) % checkpoint_every == 0:
@@ -621,14 +628,16 @@ def start_device(name: str = "auto") -> torch.device:
     name: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1".  Raises ValueError when it is not there.
     """
     name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if processes > 1 and name == "cuda":
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {name!r} is not there: {str(error).splitlines()[0]}") from None
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if processes > 1:
         if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
         if not dist.is_initialized():
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -638,7 +647,7 @@ def start_device(name: str = "auto") -> torch.device:
 def best_precision(device: torch.device) -> str:
     """"bf16" on a GPU and on a processor with bf16 instructions, where autocast is faster; else "float32"."""
     if device.type == "cuda":
-        return "bf16"
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "float32"
 
@@ -650,14 +659,15 @@ def is_main_process() -> bool:
 
 def provenance() -> dict:
     """Where a figure comes from: command, commit, device, threads, versions."""
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=10"],
-        cwd=Path(__file__).parent, capture_output=True, text=True, check=False,
-    )
+    describe = ["git", "describe", "--always", "--dirty", "--abbrev=10"]
+    try:
+        commit = subprocess.check_output(describe, cwd=Path(__file__).parent, text=True, stderr=subprocess.DEVNULL)
+    except (OSError, subprocess.CalledProcessError):  # no git, or no checkout
+        commit = "unknown"
     processor = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor_name()
     return {
         "command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "commit": git.stdout.strip() or "unknown",
+        "commit": commit.strip(),
         "device": processor,
         "threads": torch.get_num_threads(),
         "torch": str(torch.__version__),
@@ -697,12 +707,12 @@ def load_checkpoint(
     """
     try:
         saved = torch.load(path, map_location=device, weights_only=True)
-        found = saved["task"]
-    except Exception as error:  # torch.load raises half a dozen kinds on a file that is not its own
+        found = saved.get("task", "none: a training state, not a model")
+        if found == task:
+            model = MaskDiffusionTransformer(TransformerConfig(**saved["config"])).to(device)
+            model.load_state_dict(saved["model"])
+            return model.eval(), saved["info"]
+    except Exception as error:  # torch.load alone raises half a dozen kinds on a file that is not its own
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path} cannot be read as a checkpoint: {reason[:120]}") from None
-    if found != task:
-        raise ValueError(f"{path} is a checkpoint of task {found!r}, expected {task!r}")
-    model = MaskDiffusionTransformer(TransformerConfig(**saved["config"])).to(device)
-    model.load_state_dict(saved["model"])
-    return model.eval(), saved["info"]
+    raise ValueError(f"{path} is a checkpoint of task {found!r}, expected {task!r}")

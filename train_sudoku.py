@@ -280,17 +280,27 @@ def truth_everywhere(state: Tensor, clean: Tensor, mask_id: int, editable: Tenso
     return clean, rm.oracle_action(state, clean, mask_id, editable)[1]
 
 
-def eq1(max_turns: int) -> Callable[..., Tensor]:
-    """Reflective Masking's own rule, in the form of the baselines: made from the number of turns."""
-    return rm.decide
-
-
-BASELINES = {  # on the plain network; a fresh rule for each chunk of boards, made from the number of turns
-    "one-shot": lambda turns: direct_replacement,
-    "direct replacement": lambda turns: direct_replacement,
-    "low-confidence re-masking": lambda turns: remasking(turns, "confidence"),
-    "random re-masking": lambda turns: remasking(turns, "random"),
+MAKE_RULE = {  # a fresh rule for each chunk of boards, made from the number of turns; every other variant has Eq. 1
+    "plain": lambda turns: remasking(turns, "confidence"),
+    "direct": lambda turns: direct_replacement,
 }
+BASELINES = {  # by variant: label -> (turns, None for --max-turns; how the rule is made)
+    "plain": {
+        "plain mask diffusion, one-shot": (1, MAKE_RULE["direct"]),
+        "plain mask diffusion, direct replacement": (None, MAKE_RULE["direct"]),
+        "plain mask diffusion, low-confidence re-masking": (None, MAKE_RULE["plain"]),
+        "plain mask diffusion, random re-masking": (None, lambda turns: remasking(turns, "random")),
+    },
+    "direct": {
+        "trained for direct replacement, one-shot": (1, MAKE_RULE["direct"]),
+        "trained for direct replacement": (None, MAKE_RULE["direct"]),
+    },
+}
+
+
+def make_eq1(max_turns: int) -> Callable[..., Tensor]:
+    """Reflective Masking's own rule, in the form of MAKE_RULE."""
+    return rm.decide
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -304,7 +314,7 @@ def evaluate(
     clean: Tensor,
     start: Tensor,
     max_turns: int = 32,
-    rule: Callable[[int], Callable] = eq1,
+    make_rule: Callable[[int], Callable] = make_eq1,
     editable: Tensor | None = None,
     reveal: int | None = None,
     chunk: int = 500,
@@ -316,11 +326,11 @@ def evaluate(
     began, device, results, mistakes = time.perf_counter(), model.embedding.device, [], [0, 0]
     for rows in torch.arange(len(clean)).split(chunk):
         history = HistoryReference(model.embedding.detach(), gamma, rotate)
-        baseline = rule(max_turns)
+        rule = make_rule(max_turns)
         result = rm.revise(
-            model, start[rows].to(device), MASK, history, max_turns, reveal=reveal, trace=True, rule=baseline,
+            model, start[rows].to(device), MASK, history, max_turns, reveal=reveal, trace=True, rule=rule,
             editable=None if editable is None else editable[rows].to(device),
-            patience=None if baseline is rm.decide else max_turns,  # a random rule may return to a state and go on
+            patience=None if rule is rm.decide else max_turns,  # a random rule may return to a state and go on
         )
         results.append(result)
         for i, count in enumerate(replay_mistakes(result.trace.cpu(), clean[rows])):
@@ -381,16 +391,29 @@ def measured_steps(minutes: float, variant: str, pool: Tensor, args) -> int:
     return int(steps)
 
 
+def require_same(settings: dict, found: dict, path: Path) -> None:
+    """A run goes on, or counts as done, only under the settings it was started with."""
+    other = {key: found.get(key) for key in settings if found.get(key) != settings[key]}
+    if other:
+        raise InputError(f"{path} was made with {other}: use another --out, or delete it")
+
+
 def train_variant(variant: str, args) -> dict:
     """Trains (or resumes) one variant and evaluates it; writes OUT/<variant>_seed<seed>.pt and .json.
 
     A finished run, one whose .json exists, is read back instead.  Returns its record.
     """
-    name = args.out / f"{variant}_seed{args.seed}"
+    name, main = args.out / f"{variant}_seed{args.seed}", rm.is_main_process()
+    keys = ("steps", "minutes", "pool", "second_guess", "own_states", "precision", "n", "corrupt", "max_turns")
+    settings = {key: getattr(args, key) for key in keys} | {"corrupt": list(args.corrupt)}
+    settings["minutes"] = None if args.steps else args.minutes
     if name.with_suffix(".json").exists():
-        print(f"{name}.json is there, {variant} seed {args.seed} is done")
-        return json.loads(name.with_suffix(".json").read_text())
-    device, main = args.device, rm.is_main_process()
+        record = json.loads(name.with_suffix(".json").read_text())
+        require_same(settings, record["settings"], name.with_suffix(".json"))
+        if main:
+            print(f"{name}.json is there, {variant} seed {args.seed} is done")
+        return record if main else {}
+    device = args.device
     pool = random_boards(args.pool, args.seed).to(device)
     validation = random_boards(args.validation, VALIDATION_SEED)
     start = corrupt(validation, 4, 20, VALIDATION_SEED)
@@ -399,13 +422,14 @@ def train_variant(variant: str, args) -> dict:
     resume = name.with_suffix(".resume.pt")
     steps, curve = args.steps, []
     if resume.exists():
-        notes = torch.load(resume, weights_only=True)["notes"]
+        notes = torch.load(resume, map_location="cpu", weights_only=True)["notes"]
+        require_same(settings, notes["settings"], resume)
         steps, curve = notes["steps"], notes["curve"]
     steps = steps or measured_steps(args.minutes, variant, pool, args)
     every = max(1, min(250, steps // 8))
-    notes = {"steps": steps, "curve": curve}
-    plain, (gamma, rotate) = variant == "plain", VARIANTS[variant]
-    rule = {"plain": BASELINES["low-confidence re-masking"], "direct": BASELINES["direct replacement"]}.get(variant, eq1)
+    notes = {"steps": steps, "curve": curve, "settings": settings}
+    gamma, rotate = VARIANTS[variant]
+    make_rule = MAKE_RULE.get(variant, make_eq1)
     if main:
         print(f"{variant}, seed {args.seed}: {steps} steps of {TRAINING['batch_size']} boards on {device}")
     run = training_run(model, variant, pool, args, steps, checkpoint=resume, checkpoint_every=every, notes=notes)
@@ -413,35 +437,35 @@ def train_variant(variant: str, args) -> dict:
         if not main or step % max(1, every // 10) and step < steps:
             continue
         if step % every == 0 or step == steps:
-            score = evaluate(model, gamma, rotate, validation, start, args.max_turns, rule)
+            score = evaluate(model, gamma, rotate, validation, start, args.max_turns, make_rule)
             losses = {key: stats[key].item() for key in ("reveal", "remask", "keep")}
             curve.append({"step": step, "minutes": stats["seconds"] / 60, **losses}
                          | {key: score[key] for key in ("exact", "valid", "n")})
         left = stats["seconds"] / step * (steps - step)
         line = (
-            f"step {step}/{steps}  loss: reveal {stats['reveal']:.4f} re-mask {stats['remask']:.4f} "
-            f"keep {stats['keep']:.4f}  {left // 60:.0f}:{left % 60:02.0f} left"
+            f"step {step}/{steps} loss: reveal {stats['reveal']:.3f} re-mask {stats['remask']:.3f} "
+            f"keep {stats['keep']:.3f}"
         )
         if curve:
-            line += f"  exact {100 * curve[-1]['exact']:.1f} % valid {100 * curve[-1]['valid']:.1f} %"
-        print("\r" + line if sys.stdout.isatty() else line, end="" if sys.stdout.isatty() else "\n", flush=True)
+            line += f" exact {100 * curve[-1]['exact']:.1f} % valid {100 * curve[-1]['valid']:.1f} %"
+        line += f" {left // 60:.0f}:{left % 60:02.0f} left"
+        terminal = sys.stdout.isatty()
+        print(f"\r{line}\033[K" if terminal else line, end="" if terminal and step < steps else "\n", flush=True)
     if not main:
         return {}
     clean = random_boards(args.n, TEST_SEED)
     test = corrupt(clean, *args.corrupt, TEST_SEED)
     record = {"variant": variant, "seed": args.seed, "steps": steps, "minutes": curve[-1]["minutes"]}
-    record |= {"gamma": gamma, "rotate": rotate, "second_guess": args.second_guess, "training": TRAINING}
-    record |= {"own_states": args.own_states}
-    record |= {"precision": args.precision, "compiled": args.compile, "provenance": rm.provenance()}
+    record |= {"gamma": gamma, "rotate": rotate, "settings": settings, "training": TRAINING}
+    record |= {"compiled": args.compile, "provenance": rm.provenance()}
     rm.save_checkpoint(name.with_suffix(".pt"), model, task="sudoku", **record)
     record["curve"] = curve
-    if plain:
-        record["baselines"] = {
-            key: evaluate(model, gamma, rotate, clean, test, 1 if key == "one-shot" else args.max_turns, rule)
-            for key, rule in BASELINES.items()
-        }
-    else:
-        record["test"] = evaluate(model, gamma, rotate, clean, test, args.max_turns, rule)
+    print(f"wrote {name.with_suffix('.pt')}")
+    rows = BASELINES.get(variant, {f"ours, {variant}, seed {args.seed}": (None, make_eq1)})
+    record["test"] = {
+        label: evaluate(model, gamma, rotate, clean, test, turns or args.max_turns, make)
+        for label, (turns, make) in rows.items()
+    }
     write_json(name.with_suffix(".json"), record)
     resume.unlink(missing_ok=True)
     return record
@@ -567,7 +591,13 @@ def study_training(name: str, choices: dict[str, tuple[str, dict]], args) -> dic
     clean = random_boards(args.n, TEST_SEED)
     start = corrupt(clean, *args.corrupt, TEST_SEED)
     path = args.out / f"sudoku_{name}.json"
-    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    settings = {key: getattr(args, key) for key in ("study_steps", "pool", "n", "max_turns", "precision")}
+    settings |= {"second_guess": args.second_guess, "own_states": args.own_states, "corrupt": list(args.corrupt)}
+    study = {"rows": [], "settings": settings, "provenance": rm.provenance()}
+    if path.exists():
+        study = json.loads(path.read_text())
+        require_same(settings, study["settings"], path)
+    rows = study["rows"]
     for label, (variant, changes) in choices.items():
         if any(row["label"] == label for row in rows):
             continue
@@ -581,9 +611,9 @@ def study_training(name: str, choices: dict[str, tuple[str, dict]], args) -> dic
             model, changes.get("gamma", gamma), changes.get("rotate", rotate), clean, start, args.max_turns
         )
         rows.append({"label": label, "changes": changes, "minutes": stats["seconds"] / 60} | score)
-        write_json(path, {"rows": rows, "steps": args.study_steps, "provenance": rm.provenance()})
+        write_json(path, study)
     draw_bars(args.out / f"sudoku_{name}.png", rows)
-    return {"rows": rows, "steps": args.study_steps}
+    return study
 
 
 GAMMAS = (0.0, 0.3, 0.5, 0.7, 0.9, 1.0)
@@ -604,7 +634,7 @@ STUDIES = {
     "data": lambda args: study_training(
         "data",
         {
-            "the paper's law": ("full", {"own_states": 0.0, "second_guess": 0.0}),
+            "no own states, no second guesses": ("full", {"own_states": 0.0, "second_guess": 0.0}),
             "second guesses": ("full", {"own_states": 0.0, "second_guess": 0.3}),
             "own states": ("full", {"own_states": 0.5, "second_guess": 0.0}),
             "own states, second guesses": ("full", {"own_states": 0.5, "second_guess": 0.3}),
@@ -813,9 +843,10 @@ def parse_board(text: str, blanks: bool, where: str = "the board") -> Tensor:
     return board
 
 
-def read_lines(path: Path) -> list[str]:
+def read_lines(path: Path) -> list[tuple[int, str]]:
+    """The lines that are not blank, with their numbers in the file."""
     try:
-        lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+        lines = [(number, line.strip()) for number, line in enumerate(path.read_text().splitlines(), 1) if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read: {error}") from None
     if not lines:
@@ -825,19 +856,18 @@ def read_lines(path: Path) -> list[str]:
 
 def read_boards(path: Path) -> Tensor:
     """Complete valid boards, 81 digits a line: int64 [n, 81]."""
-    boards = torch.stack([
-        parse_board(line, blanks=False, where=f"{path} line {number}")
-        for number, line in enumerate(read_lines(path), 1)
-    ])
-    if not is_valid(boards).all():
-        raise InputError(f"{path} line {int((~is_valid(boards)).nonzero()[0]) + 1} is no valid solved board")
+    lines = read_lines(path)
+    boards = torch.stack([parse_board(line, blanks=False, where=f"{path} line {number}") for number, line in lines])
+    for (number, _), valid in zip(lines, is_valid(boards)):
+        if not valid:
+            raise InputError(f"{path} line {number} is no valid solved board")
     return boards
 
 
 def read_puzzles(path: Path) -> tuple[Tensor, Tensor]:
     """Puzzle and solution a line, 81 characters each: two int64 [n, 81]."""
     pairs = []
-    for number, line in enumerate(read_lines(path), 1):
+    for number, line in read_lines(path):
         parts = line.split()
         if len(parts) != 2:
             raise InputError(f"{path} line {number} must be a puzzle and its solution, got {len(parts)} words")
@@ -855,7 +885,8 @@ def parse_arguments() -> argparse.Namespace:
         description="Reflective Masking on Sudoku: train, evaluate, revise boards, solve puzzles. "
         "Without arguments: train the full variant for --minutes, evaluate it and draw its figures.",
     )
-    add = parser.add_argument_group("what to do (default: train)").add_argument
+    group = parser.add_argument_group("what to do (default: train)").add_mutually_exclusive_group()
+    add = group.add_argument
     add("--evaluate", action="store_true", help="score --checkpoint on the test boards, or on --boards")
     add("--revise", metavar="BOARD", help="repair a board of 81 digits and show every turn (0 or . is masked)")
     add("--solve", metavar="PUZZLE", help="solve a puzzle: clues locked, 0 or . for blanks")
@@ -882,20 +913,31 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument_group("general").add_argument
     add("--seed", type=int, default=0, help="of training; with --evaluate, of the test boards (default 0)")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
-    add("--out", type=Path, default=HERE / "runs/sudoku", help="where files go (default runs/sudoku)")
+    add("--out", type=Path, help="where files go (default runs/sudoku, with --smoke runs/smoke)")
     add("--json", type=Path, metavar="FILE", help="also write the result as JSON")
     add("--gif", type=Path, metavar="FILE", help="with --revise or --solve: write the revision as an animation")
     add("--smoke", action="store_true", help="everything tiny, in seconds, to see that it runs")
     args = parser.parse_args()
     if args.smoke:
         args.steps, args.study_steps, args.pool, args.validation, args.n, args.max_turns = 4, 1, 20, 8, 8, 4
+    args.out = args.out or HERE / ("runs/smoke" if args.smoke else "runs/sudoku")
+    if not 0 <= args.seed < TEST_SEED:
+        parser.error(f"--seed must lie in 0..{TEST_SEED - 1}: the seeds above make the test and validation boards")
+    if args.boards and not args.evaluate:
+        parser.error("--boards goes with --evaluate")
+    if args.gif and (args.revise is None and args.solve is None or args.gif.suffix != ".gif"):
+        parser.error("--gif goes with --revise or --solve and must end in .gif")
+    if args.reveal is not None and (args.reveal < 1 or not (args.evaluate or args.puzzles or args.revise or args.solve)):
+        parser.error("--reveal must be at least 1, and goes with --evaluate, --puzzles, --revise or --solve")
+    if args.json and args.json.is_dir():
+        parser.error(f"--json {args.json} is a folder")
     low, high = args.corrupt
     if not 0 <= low <= high <= 81:
         parser.error(f"--corrupt must be 0 <= LOW <= HIGH <= 81, got {low} {high}")
     for name in ("n", "max_turns", "pool", "validation", "study_steps"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
-    if args.minutes <= 0 or (args.steps is not None and args.steps < 1):
+    if not 0 < args.minutes < 1e5 or (args.steps is not None and args.steps < 1):
         parser.error("--minutes and --steps must be positive")
     if not (0 <= args.second_guess <= 1 and 0 <= args.own_states <= 1):
         parser.error("--second-guess and --own-states must lie in [0, 1]")
@@ -905,6 +947,8 @@ def parse_arguments() -> argparse.Namespace:
 def load(args) -> None:
     try:
         args.model = rm.load_checkpoint(args.checkpoint, "sudoku", args.device)
+        if not {"gamma", "rotate", "variant"} <= args.model[1].keys():
+            raise ValueError(f"{args.checkpoint} does not say its gamma, rotate and variant")
     except ValueError as error:
         raise InputError(str(error)) from None
 
@@ -916,8 +960,10 @@ def main() -> None:
     except ValueError as error:
         raise InputError(str(error)) from None
     args.precision = args.precision or rm.best_precision(args.device)
-    if args.revise or args.solve:
-        board = parse_board(args.revise or args.solve, blanks=True)
+    if rm.dist.is_initialized() and (args.evaluate or args.puzzles or args.study or args.revise or args.solve):
+        raise InputError("torchrun is for training; run this with one process")
+    if args.revise is not None or args.solve is not None:
+        board = parse_board(args.solve if args.revise is None else args.revise, blanks=True)
         if args.solve and conflicts(board).any():
             cell = int(conflicts(board).nonzero()[0])
             raise InputError(f"the puzzle's clues clash at row {cell // 9 + 1}, column {cell % 9 + 1}")
@@ -928,24 +974,30 @@ def main() -> None:
         load(args)
         model, info = args.model
         result = evaluate(model, info["gamma"], info["rotate"], solutions, puzzles, args.max_turns,
-                          editable=puzzles == MASK, reveal=args.reveal) | {"seed": args.seed}
+                          editable=puzzles == MASK, reveal=args.reveal)
+        result |= {"seed": args.seed, "checkpoint": args.checkpoint.name, "provenance": rm.provenance()}
         print(f"solved {100 * result['exact']:.1f} % of {result['n']} puzzles in {result['mean_turns']:.1f} turns")
     elif args.evaluate:
         clean = read_boards(args.boards)[: args.n] if args.boards else random_boards(args.n, TEST_SEED + args.seed)
         start = corrupt(clean, *args.corrupt, TEST_SEED + args.seed)
         load(args)
         model, info = args.model
-        result = evaluate(model, info["gamma"], info["rotate"], clean, start, args.max_turns, reveal=args.reveal)
+        make_rule = MAKE_RULE.get(info["variant"], make_eq1)
+        result = evaluate(
+            model, info["gamma"], info["rotate"], clean, start, args.max_turns, make_rule, reveal=args.reveal
+        )
         result |= {"seed": args.seed, "checkpoint": args.checkpoint.name, "provenance": rm.provenance()}
-        print_table({f"ours, {info['variant']}": result})
+        baseline = info["variant"] in MAKE_RULE
+        print_table({f"{'baseline' if baseline else 'ours'}, {info['variant']}": result})
     elif args.study:
-        load(args)
+        if args.study not in ("gamma", "data"):
+            load(args)
         names = STUDIES if args.study == "all" else [args.study]
         result = {}
         for name in names:
             print(f"study: {name}")
             result[name] = STUDIES[name](args)
-            result[name]["provenance"] = rm.provenance()
+            result[name].setdefault("provenance", rm.provenance())
             write_json(args.out / f"sudoku_{name}.json", result[name])
     else:
         result = train_all(args)
@@ -964,11 +1016,8 @@ def train_all(args) -> dict:
         record = train_variant(variant, args)
         if not record:  # not the main process
             continue
-        label = f"{variant}, seed {args.seed}"
-        if variant == "plain":
-            table |= {f"plain mask diffusion, {name}": score for name, score in record["baselines"].items()}
-        else:
-            table[f"ours, {label}"] = record["test"]
+        about = {key: record[key] for key in ("steps", "minutes", "provenance")}
+        table |= {label: score | about for label, score in record["test"].items()}
     args.seed = seed
     if not table:
         return {}
@@ -977,7 +1026,7 @@ def train_all(args) -> dict:
         curve = record["curve"]
         minutes = [point["minutes"] for point in curve]
         draw_lines(args.out / f"{args.variant}_curve.png", "minutes of training", minutes, percent(curve, "exact", "valid"))
-        if args.variant != "plain":
+        if args.variant not in MAKE_RULE:
             checkpoint = args.out / f"{args.variant}_seed{args.seed}.pt"
             args.model = rm.load_checkpoint(checkpoint, "sudoku", args.device)
             args.gif = args.out / f"{args.variant}_revision.gif"
@@ -999,6 +1048,6 @@ def train_all(args) -> dict:
 if __name__ == "__main__":
     try:
         main()
-    except InputError as error:
+    except (InputError, OSError) as error:
         print(f"train_sudoku.py: error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -167,12 +167,21 @@ def test_evaluation_of_an_oracle_and_of_doing_nothing():
     assert score["mean_turns"] == 3 and score["remasked_wrong_cells"] == (start != clean).sum()
     assert score["status"][rm.FIXED_POINT] == 1 and score["right"] == "111111" and score["ci95_exact"][0] > 0.5
     idle = lambda turns: lambda logits, tokens, mask_id, **_: tokens
-    score = sudoku.evaluate(Oracle(clean), 0.0, False, clean, start, rule=idle)
+    score = sudoku.evaluate(Oracle(clean), 0.0, False, clean, start, make_rule=idle)
     assert score["exact"] == 0 and score["mean_turns"] == 1
     assert score["conflict_cells"] == pytest.approx(sudoku.conflicts(start).sum().item() / 6)
 
 
 # --- baselines
+
+
+def test_one_shot_shows_what_the_network_says():
+    clean = sudoku.random_boards(3, seed=0)
+    start = sudoku.corrupt(clean, 4, 20, seed=0)
+    truth = Oracle(clean)
+    truth.forward = lambda x: torch.nn.functional.one_hot(clean[: len(x)], 10).float()
+    for turns, make_rule in (sudoku.BASELINES["plain"]["plain mask diffusion, one-shot"], (2, sudoku.MAKE_RULE["direct"])):
+        assert sudoku.evaluate(truth, 0.0, False, clean, start, turns, make_rule)["exact"] == 1
 
 
 def test_remasking_baselines_follow_their_schedule_and_respect_locks():
@@ -315,6 +324,8 @@ def test_every_model_of_the_tables_trains_and_finished_ones_are_kept(smoke, monk
     assert "random re-masking" in first and "is done" not in first
     again = in_process(monkeypatch, capsys, *common)
     assert again.count("is done") == len(sudoku.VARIANTS) + 4
+    with pytest.raises(sudoku.InputError, match="second_guess"):  # other settings are not passed off as that run
+        in_process(monkeypatch, capsys, *common, "--second-guess", "0.1")
 
 
 def test_a_killed_run_goes_on_where_it_stopped(smoke, monkeypatch, capsys):
@@ -340,7 +351,7 @@ def test_a_killed_run_goes_on_where_it_stopped(smoke, monkeypatch, capsys):
 
 
 def test_two_processes_under_torchrun(tmp_path):
-    launcher = ("-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29611")
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
     done = run("--smoke", "--device", "cpu", "--out", tmp_path, launcher=launcher)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("step 4/4") == 1 and (tmp_path / "full_seed0.pt").exists()
