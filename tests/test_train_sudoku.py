@@ -329,7 +329,8 @@ def test_every_model_of_the_tables_trains_and_finished_ones_are_kept(smoke, monk
 
 
 def test_a_killed_run_goes_on_where_it_stopped(smoke, monkeypatch, capsys):
-    """Stopped by an exception in the middle, then run again: the same weights as the unbroken smoke run."""
+    """Stopped by an exception in the middle, then run again: the same weights, bit for bit, as an unbroken run."""
+    in_process(monkeypatch, capsys, "--smoke", "--out", smoke / "unbroken")
     evaluate, calls = sudoku.evaluate, []
 
     def stop_at_third(*arguments, **options):
@@ -345,7 +346,7 @@ def test_a_killed_run_goes_on_where_it_stopped(smoke, monkeypatch, capsys):
     assert (out / "full_seed0.resume.pt").exists()
     monkeypatch.setattr(sudoku, "evaluate", evaluate)
     in_process(monkeypatch, capsys, "--smoke", "--out", out)
-    one, two = (torch.load(path / "full_seed0.pt", weights_only=True)["model"] for path in (smoke, out))
+    one, two = (torch.load(path / "full_seed0.pt", weights_only=True)["model"] for path in (smoke / "unbroken", out))
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert len(json.loads((out / "full_seed0.json").read_text())["curve"]) == 4
 
