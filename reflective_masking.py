@@ -501,8 +501,8 @@ def train(
     logits of the training step, so it costs no forward pass) until it settles or has window states.  The oracle
     labels any state, so these need no other loss.  Ours; the paper trains on synthetic trajectories alone (0).
     accept: a check that needs no truth, int64 [B, N] -> bool [B], such as the rules of a puzzle or the tests of a
-    program; a state it accepts ends its row too.  Without it, where several answers are as likely, the model
-    learns that a good answer is wrong more often than not, and never settles.
+    program; a state it accepts ends its row too.  Meant for inputs with several equally likely answers, where the
+    oracle calls a good answer wrong as often as not; its effect alone has not been measured.
     precision: "float32" or "bf16" (autocast).  compile: torch.compile the network.
     checkpoint: a file, written by rename after every checkpoint_every steps, when the caller asks for the next; when
     it exists the run goes on from it, on CPU with the same result as an unbroken run.  notes: saved in it as it is.

@@ -38,7 +38,7 @@ PAPER = {  # exact %, valid %, replay mistake %, conflict cells: Table of arXiv 
     "decay": (89.4, 89.6, 0.07, 0.362),
     "full": (93.4, 93.6, 0.03, 0.236),
 }
-GAMMA = 0.9  # the paper does not state it; see the sweep in the README
+GAMMA = 0.9  # the paper does not state it; --study gamma sweeps it
 VARIANTS = {  # gamma, rotate: four settings of Eq. 2
     "rm": (0.0, False),
     "hr": (1.0, False),
