@@ -197,13 +197,15 @@ def decide(
         own = logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
         following[free & ~masked & (logits[..., mask_id] > own)] = mask_id  # Eq. 1, first line
     if allow_reveal:
-        best, confidence = reveal_confidence(logits, mask_id)
         chosen = free & masked
+        best, confidence = reveal_confidence(logits[chosen], mask_id)  # only masked rows are read whole
         if reveal is not None:
-            ranked = confidence.masked_fill(~chosen, -torch.inf)
+            ranked = confidence.new_full(tokens.shape, -torch.inf)
+            ranked[chosen] = confidence
             rank = ranked.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-            chosen = chosen & (rank < torch.as_tensor(reveal, device=tokens.device).reshape(-1, 1))
-        following = torch.where(chosen, best, following)  # Eq. 1, third line
+            first = rank < torch.as_tensor(reveal, device=tokens.device).reshape(-1, 1)
+            best, chosen = best[first[chosen]], chosen & first
+        following[chosen] = best  # Eq. 1, third line
     return following
 
 

@@ -733,6 +733,7 @@ def animate(path: Path, trace: Tensor, given: Tensor) -> None:
     Amber: re-masked in this turn; green: revealed in this turn; red digit: breaks a rule.
     """
     from matplotlib.animation import FuncAnimation, PillowWriter
+    from matplotlib.patches import Rectangle
 
     fig, axes = figure(3.6, 3.9)
 
@@ -746,7 +747,7 @@ def animate(path: Path, trace: Tensor, given: Tensor) -> None:
         for cell in range(81):
             x, y, digit = cell % 9, cell // 9, int(now[cell])
             if now[cell] != before[cell] or digit == MASK:
-                axes.add_patch(axes_rectangle((x, y), "#ffd98a" if digit == MASK else "#a8e0b0"))
+                axes.add_patch(Rectangle((x, y), 1, 1, color="#ffd98a" if digit == MASK else "#a8e0b0", linewidth=0))
             color = "#c62828" if broken[cell] else "black"
             weight = "bold" if given[cell] else "normal"
             axes.text(x + 0.5, y + 0.55, str(digit or ""), ha="center", va="center", color=color, weight=weight)
@@ -754,11 +755,6 @@ def animate(path: Path, trace: Tensor, given: Tensor) -> None:
             width = 1.8 if line % 3 == 0 else 0.5
             axes.plot([line, line], [0, 9], color="black", linewidth=width)
             axes.plot([0, 9], [line, line], color="black", linewidth=width)
-
-    def axes_rectangle(corner, color):
-        from matplotlib.patches import Rectangle
-
-        return Rectangle(corner, 1, 1, color=color, linewidth=0)
 
     path.parent.mkdir(parents=True, exist_ok=True)
     FuncAnimation(fig, frame, frames=len(trace) + 3).save(path, PillowWriter(fps=1), dpi=100)
@@ -799,7 +795,7 @@ def revise_board(args, board: Tensor, solve: bool) -> dict:
     print("_ masked   -_ re-masked in this turn   +5 revealed in this turn   5! breaks a rule\n")
     for turn, (before, now) in enumerate(zip(torch.cat([trace[:1], trace]), trace)):
         changed = int((before != now).sum())
-        print(f"turn {turn}: {changed} cells changed" if turn else "the board", end="\n")
+        print(f"turn {turn}: {changed} cells changed" if turn else "the board")
         print(show_turn(now, before, color) + "\n")
     tokens = result.tokens[0].cpu()
     valid = bool(is_valid(tokens))
@@ -918,6 +914,13 @@ def parse_arguments() -> argparse.Namespace:
     add("--gif", type=Path, metavar="FILE", help="with --revise or --solve: write the revision as an animation")
     add("--smoke", action="store_true", help="everything tiny, in seconds, to see that it runs")
     args = parser.parse_args()
+    single = args.revise is not None or args.solve is not None
+    if args.evaluate or args.puzzles or single:  # an option that would be ignored is an error
+        unused = ["variant", "minutes", "steps", "second_guess", "own_states", "pool", "validation", "study_steps"]
+        unused += ["precision", "compile"] + ["corrupt"] * (not args.evaluate) + ["n", "seed"] * single
+        for name in unused:
+            if getattr(args, name) != parser.get_default(name):
+                parser.error(f"--{name.replace('_', '-')} has no effect there: it belongs to training or the test boards")
     if args.smoke:
         args.steps, args.study_steps, args.pool, args.validation, args.n, args.max_turns = 4, 1, 20, 8, 8, 4
     args.out = args.out or HERE / ("runs/smoke" if args.smoke else "runs/sudoku")

@@ -394,6 +394,8 @@ def test_bad_input_ends_with_exit_code_2():
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("train_sudoku.py: error: ") and done.stderr.count("\n") == 1
     assert run("--corrupt", "9", "3").returncode == 2
+    ignored = run("--evaluate", "--variant", "rm")
+    assert ignored.returncode == 2 and "--variant has no effect" in ignored.stderr
 
 
 # --- the shipped checkpoint
