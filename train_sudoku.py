@@ -256,8 +256,9 @@ def sample_batch(
 ) -> rm.Batch:
     """A Batch for rm.train: symmetric images of the pool's boards at a random turn of a synthetic revision.
 
-    4 to 20 cells take part in four boards of five, 0 to 60 in the fifth (for --solve and for worse boards).  In half
-    the boards all of them start wrong, as the task does; in the others a random share starts masked.
+    Of five boards, one has 4 to 20 cells that take part, as the task does, three have 10 to 26, since nearly all
+    mistakes are made on the hardest boards, and one has 0 to 60, for --solve and for worse boards.  In half of them all
+    these cells start wrong, as in the task; in the others a random share starts masked.
     plain: masks alone, a uniform share of the cells, and a loss at the masked cells only (plain mask diffusion).
     ties: see settle_ties.  pool: int64 [P, 81] on the generator's device.
     """
@@ -269,8 +270,9 @@ def sample_batch(
         masked = rand(batch_size, 81) < rand(batch_size, 1)
         start = clean.masked_fill(masked, MASK)
         return start.unsqueeze(0), settle_ties(clean, start) if ties else clean, masked
-    cells = choose_cells(batch_size, 4, 20, generator)
-    cells[::5] = choose_cells(len(cells[::5]), 0, 60, generator)
+    cells = choose_cells(batch_size, 10, 26, generator)
+    for part, low, high in ((0, 4, 20), (1, 0, 60)):
+        cells[part::5] = choose_cells(len(cells[part::5]), low, high, generator)
     starts_wrong = rand(batch_size, 81) < torch.where(rand(batch_size, 1) < 0.5, 1.0, rand(batch_size, 1))
     wrong = rm.uniform_wrong(clean, DIGITS.to(device), 1, generator)[0]
     start = torch.where(cells, torch.where(starts_wrong, wrong, MASK), clean)
