@@ -51,7 +51,7 @@ VARIANTS = {  # gamma, rotate: four settings of Eq. 2
     "plain": (0.0, False),  # plain mask diffusion, trained on masks alone: the baselines' network
     "direct": (0.0, False),  # RM's states, but every cell's target is the truth: no MASK action, no re-masking
 }
-TRAINING = dict(batch_size=64, learning_rate=2.5e-3)
+TRAINING = dict(batch_size=64, learning_rate=2.5e-3, window=24)
 TEST_SEED, VALIDATION_SEED = 1_000_000, 2_000_000  # training boards use the seeds below a million
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -377,7 +377,8 @@ def evaluate(
         result = rm.revise(
             model, start[rows].to(device), MASK, history, max_turns, reveal=reveal, trace=True, rule=rule,
             editable=None if editable is None else editable[rows].to(device),
-            patience=None if rule is rm.decide else max_turns,  # a random rule may return to a state and go on
+            # With history a state that returns is no dead end, since the memory still grows; nor for a random rule.
+            patience=None if rule is rm.decide and not gamma else max_turns,
         )
         results.append(result)
         for i, count in enumerate(replay_mistakes(result.trace.cpu(), clean[rows])):
