@@ -839,6 +839,7 @@ def revise_board(args, board: Tensor, solve: bool) -> dict:
     result = rm.revise(
         model, board.unsqueeze(0).to(args.device), MASK, history, args.max_turns, trace=True,
         editable=editable.unsqueeze(0).to(args.device), reveal=args.reveal,
+        patience=args.max_turns if info["gamma"] else None,
     )
     trace, color = result.trace[:, 0].cpu(), sys.stdout.isatty()
     print("_ masked   -_ re-masked in this turn   +5 revealed in this turn   5! breaks a rule\n")
