@@ -14,12 +14,14 @@ so R_a R_b = R_(a+b) and a state's age stays readable from the sum.  Four varian
     + HR + decay               gamma < 1,  rotate=False
     + HR + decay + HER         gamma < 1,  rotate=True       (the paper's full method)
 
-Differences from the paper's released code are listed in the README.  This file stands alone: copy it out.
+Differences from the paper's released code are listed in the README.  This file needs kernels.py and no other: copy
+the two out together.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from kernels import check_history, check_ids, history_step, history_sum, rms_norm
 
 ABSENT = -1  # a token id that stands for "no state yet": it adds nothing to the sum
 
@@ -41,66 +43,66 @@ def rotate_pairs(x: Tensor, delta: Tensor | float) -> Tensor:
     return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
 
 
-def rms_norm(x: Tensor) -> Tensor:
-    """RMSNorm without learned weight over the last axis, computed in at least float32; shape and dtype kept."""
-    wide = x if x.dtype == torch.float64 else x.float()
-    return F.rms_norm(wide, (x.shape[-1],), eps=1e-6).to(x.dtype)
-
-
 def history_embedding(
-    states: Tensor, embedding: Tensor, gamma: float = 0.9, rotate: bool = True, normalize: bool = True
+    states: Tensor,
+    embedding: Tensor,
+    gamma: float = 0.9,
+    rotate: bool = True,
+    normalize: bool = True,
+    impl: str | None = None,
 ) -> Tensor:
     """Eq. 2 as the closed sum; differentiable in the embedding; what training uses.
 
     states: int64 [T+1, B, N], oldest first; the last is the current state.  A sequence with a shorter
     history has ABSENT (-1) in its oldest states.  embedding: float [V, D].  gamma in [0, 1]; 0 reads the
     current state alone.  rotate: History Embedding Rotation.  normalize: the RMSNorm after the sum.
+    impl: "torch", "triton" or None, which takes the fastest there is: for a small vocabulary a matrix product, else
+    kernels.history_sum, whose Triton kernel runs on a GPU.
     Returns [B, N, D] in the embedding's dtype; sums in at least float32.  Raises ValueError on wrong shapes, a gamma
     outside [0, 1] and, on CPU, ids that the embedding lacks.
     """
-    _check(embedding, gamma)
     if states.ndim != 3 or not len(states):
         raise ValueError(f"history_embedding: states must be [T+1, B, N] with T >= 0, got {tuple(states.shape)}")
-    if not states.is_cuda and (states.max() >= len(embedding) or states.min() < ABSENT):  # on a GPU this would wait
-        raise ValueError(f"history_embedding: states has ids outside {ABSENT}..{len(embedding) - 1}")
-    if gamma == 0:
-        states = states[-1:]
-    dtype = embedding.dtype
-    ages = range(len(states) - 1, -1, -1)
-    vocabulary = len(embedding)
+    states = states if gamma else states[-1:]
+    turns, vocabulary = len(states), len(embedding)
+    if impl == "triton" or vocabulary * turns > min(states[0].numel(), 512):
+        return history_sum(states, embedding, gamma, rotate, normalize, impl)
 
-    def aged(x: Tensor, age: int) -> Tensor:
-        x = x if x.dtype == torch.float64 else x.float()
-        return (rotate_pairs(x, -age) if rotate and age else x) * gamma**age
-
-    if vocabulary * len(states) <= min(states[0].numel(), 512):
-        # Rotation and decay are linear: with a small vocabulary, age the V embeddings once a turn; the sum over
-        # turns is then one product of 0/1 indicators [B*N, (T+1)*V] with that table, ten times faster than
-        # T+1 lookups and their scattered gradients.  ABSENT points at a last column that is dropped.
-        table = torch.cat([aged(embedding, age) for age in ages])
-        offset = torch.arange(len(states), device=states.device).view(-1, 1, 1) * vocabulary
-        columns = torch.where(states == ABSENT, len(table), states + offset).flatten(1).T
-        indicator = table.new_zeros(len(columns), len(table) + 1).scatter_(1, columns, 1)
-        with torch.autocast(table.device.type, enabled=False):  # not in bf16, whatever the caller's autocast says
-            total = (indicator[:, :-1] @ table).view(*states.shape[1:], -1)
-    else:
-        total = sum(
-            aged(F.embedding(state.clamp(min=0), embedding) * (state != ABSENT).unsqueeze(-1), age)
-            for state, age in zip(states, ages)
-        )
-    return (rms_norm(total) if normalize else total).to(dtype)
+    # Rotation and decay are linear: with a small vocabulary, age the V embeddings once a turn; the sum over turns is
+    # then one product of 0/1 indicators [B*N, (T+1)*V] with that table, ten times faster on a CPU than T+1 lookups
+    # and their scattered gradients.  On a GPU too, where those gradients would queue for the same V rows.
+    check_history(embedding, gamma, rotate)
+    check_ids("states", states, None, embedding.device, ABSENT, vocabulary)
+    ages = torch.arange(turns - 1, -1, -1, device=states.device).view(-1, 1, 1)
+    table = embedding if embedding.dtype == torch.float64 else embedding.float()
+    table = rotate_pairs(table, -ages) if rotate else table.expand(turns, -1, -1)
+    table = (table * (gamma ** ages.double()).to(table.dtype)).flatten(0, 1)  # row k*V + v: token v at turn k, aged
+    columns = torch.where(states == ABSENT, len(table), states + vocabulary * ages.flip(0)).flatten(1).T
+    indicator = table.new_zeros(len(columns), len(table) + 1).scatter_(1, columns, 1)  # ABSENT: the column dropped below
+    with torch.autocast(table.device.type, enabled=False):  # not in bf16, whatever the caller's autocast says
+        total = (indicator[:, :-1] @ table).view(*states.shape[1:], -1)
+    return (rms_norm(total) if normalize else total).to(embedding.dtype)
 
 
 class HistoryReference:
     """Eq. 2 by the recurrence: one [B, N, D] buffer and one addition a turn, however long the history.
 
-    embedding: float [V, D] (not copied).  gamma, rotate, normalize: as for history_embedding.
-    After pushes of x(0), ..., x(t) the value returned equals history_embedding([x(0), ..., x(t)]).
+    embedding: float [V, D] (not copied).  gamma, rotate, normalize: as for history_embedding.  impl: "torch",
+    "triton" or None, which is triton on a GPU.
+    After pushes of x(0), ..., x(t) the value returned equals history_embedding([x(0), ..., x(t)]).  No gradient.
     """
 
-    def __init__(self, embedding: Tensor, gamma: float = 0.9, rotate: bool = True, normalize: bool = True):
-        _check(embedding, gamma)
+    def __init__(
+        self,
+        embedding: Tensor,
+        gamma: float = 0.9,
+        rotate: bool = True,
+        normalize: bool = True,
+        impl: str | None = None,
+    ):
+        check_history(embedding, gamma, rotate)
         self.embedding, self.gamma, self.rotate, self.normalize = embedding, gamma, rotate, normalize
+        self.impl = impl
         self.sum: Tensor | None = None  # a(t-1) before the norm, at least float32
 
     def push(self, tokens: Tensor) -> Tensor:
@@ -108,14 +110,13 @@ class HistoryReference:
 
         Raises ValueError when B or N differ from the last push (use keep or reset first).
         """
-        new = F.embedding(tokens, self.embedding)
-        new = new if new.dtype == torch.float64 else new.float()
         if self.sum is not None and self.sum.shape[:-1] != tokens.shape:
             raise ValueError(f"push: tokens must be {tuple(self.sum.shape[:-1])}, got {tuple(tokens.shape)}")
-        if self.sum is not None and self.gamma:
-            new = new + self.gamma * (rotate_pairs(self.sum, -1) if self.rotate else self.sum)
-        self.sum = new
-        return (rms_norm(new) if self.normalize else new).to(self.embedding.dtype)
+        # a(t) = wte(x(t)) + gamma R_(-1) a(t-1), and its norm
+        self.sum, read = history_step(
+            self.sum, tokens, self.embedding, self.gamma, self.rotate, self.normalize, self.impl
+        )
+        return read
 
     def reset(self) -> None:
         """Forgets every state; the next push may have any shape."""
@@ -125,10 +126,3 @@ class HistoryReference:
         """Keeps the sequences that rows names (int64 indices or bool [B]); the others have finished."""
         if self.sum is not None:
             self.sum = self.sum[rows]
-
-
-def _check(embedding: Tensor, gamma: float) -> None:
-    if embedding.ndim != 2:
-        raise ValueError(f"embedding must be a weight [V, D], got shape {tuple(embedding.shape)}")
-    if not 0 <= gamma <= 1:
-        raise ValueError(f"gamma must lie in [0, 1], got {gamma}")

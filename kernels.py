@@ -115,7 +115,7 @@ def _check_floating(name: str, x: Tensor, like: Tensor | None = None) -> None:
         )
 
 
-def _check_ids(
+def check_ids(
     name: str, ids: Tensor, shape: torch.Size | None, device: torch.device, low: int, size: int,
     where: Tensor | None = None,
 ) -> None:  # fmt: skip
@@ -306,7 +306,7 @@ def _check_decide(name: str, x: Tensor, vocabulary: int, tokens: Tensor, mask_id
     _check_floating(name, x)
     _require(x.ndim >= 1 and vocabulary >= 2, f"{name} needs a vocabulary of a token and MASK, got {[*x.shape]}")
     _require(0 <= mask_id < vocabulary, f"mask_id must lie in [0, {vocabulary}), got {mask_id}")
-    _check_ids("tokens", tokens, x.shape[:-1], x.device, 0, vocabulary)
+    check_ids("tokens", tokens, x.shape[:-1], x.device, 0, vocabulary)
     if editable is None:
         return None
     _require(editable.dtype == torch.bool, f"editable must be bool, got {editable.dtype}")
@@ -633,8 +633,9 @@ def _turned_back(a: Tensor, gamma: float, rotate: bool) -> Tensor:
     return torch.cat([torch.addcmul(u * cos, v, sin), torch.addcmul(v * cos, u, sin, value=-1)], -1)
 
 
-def _rms_norm(a: Tensor) -> Tensor:
-    return a * torch.rsqrt(torch.linalg.vecdot(a, a).unsqueeze(-1) / a.shape[-1] + 1e-6)
+def rms_norm(a: Tensor) -> Tensor:
+    """RMSNorm without learned weight over the last axis."""
+    return F.rms_norm(a, a.shape[-1:], eps=1e-6)
 
 
 def _history_step_torch(
@@ -653,7 +654,7 @@ def _history_step_torch(
         if a is not None:
             total = total + _turned_back(a[rows].to(wide), gamma, rotate)  # Eq. 2, the recurrence
         new[rows] = total
-        read[rows] = _rms_norm(total) if normalize else total
+        read[rows] = rms_norm(total) if normalize else total
     return new.view(*shape, width), read.view(*shape, width)
 
 
@@ -665,7 +666,7 @@ def _history_sum_torch(
     for state in states:
         new = F.embedding(state.clamp(min=0), table) * (state >= 0).unsqueeze(-1)  # -1: no state, adds nothing
         total = new if total is None else new + _turned_back(total, gamma, rotate)  # Eq. 2
-    return (_rms_norm(total) if normalize else total).to(embedding.dtype)
+    return (rms_norm(total) if normalize else total).to(embedding.dtype)
 
 
 @jit
@@ -843,7 +844,7 @@ def _launch_history_sum(
     return out
 
 
-def _check_history(embedding: Tensor, gamma: float, rotate: bool) -> None:
+def check_history(embedding: Tensor, gamma: float, rotate: bool) -> None:
     _check_floating("embedding", embedding)
     shape = [*embedding.shape]
     _require(embedding.ndim == 2 and embedding.numel() > 0, f"embedding must be a weight [V, D], got {shape}")
@@ -869,8 +870,8 @@ def history_step(
     embedding's; both new.  No gradient: history_sum has one.  NaN propagates.
     Raises ValueError for wrong shapes, dtypes or devices, gamma outside [0, 1], odd D with rotate, on CPU bad ids.
     """
-    _check_history(embedding, gamma, rotate)
-    _check_ids("tokens", tokens, None, embedding.device, 0, len(embedding))
+    check_history(embedding, gamma, rotate)
+    check_ids("tokens", tokens, None, embedding.device, 0, len(embedding))
     dtype = torch.float64 if embedding.dtype == torch.float64 else torch.float32
     if a is not None:
         _check_floating("a", a)
@@ -897,9 +898,9 @@ def history_sum(
     embedding, gamma, rotate, normalize: as for history_step.  Returns float [..., D] in the embedding's dtype.
     NaN propagates.  Raises ValueError as history_step does, and for no state at all.
     """
-    _check_history(embedding, gamma, rotate)
+    check_history(embedding, gamma, rotate)
     _require(states.ndim >= 1 and len(states) > 0, f"states must be [T+1, ...] with T >= 0, got {[*states.shape]}")
-    _check_ids("states", states, None, embedding.device, -1, len(embedding))
+    check_ids("states", states, None, embedding.device, -1, len(embedding))
     states = states if gamma else states[-1:]
     if use_triton(impl, embedding):
         return _HistorySum.apply(states, embedding, float(gamma), rotate, normalize)
@@ -1109,8 +1110,8 @@ def revision_cross_entropy(
         _check_floating("head", head, like=inputs)
     _require(len(weights) == 3, f"weights must be three numbers, got {weights}")
     vocabulary = inputs.shape[-1] if head is None else len(head)
-    _check_ids("role", role, inputs.shape[:-1], inputs.device, IGNORE, 3)
-    _check_ids("target", target, inputs.shape[:-1], inputs.device, 0, vocabulary, where=role != IGNORE)
+    check_ids("role", role, inputs.shape[:-1], inputs.device, IGNORE, 3)
+    check_ids("target", target, inputs.shape[:-1], inputs.device, 0, vocabulary, where=role != IGNORE)
     wide = torch.float64 if inputs.dtype == torch.float64 else torch.float32
     factors = torch.stack([torch.full((), w, dtype=wide, device=inputs.device) for w in weights])
     triton_rows = use_triton(impl, inputs)

@@ -26,6 +26,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -34,6 +35,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from history import ABSENT, HistoryReference, history_embedding, rotate_pairs
+from kernels import IGNORE, KEEP, REMASK, REVEAL, Decision  # IGNORE: the role of a position without a loss
+from kernels import decide_from_hidden, decide_from_logits, revision_cross_entropy
 
 # ---------------------------------------------------------------------------------------------------------------
 # 1. The network
@@ -141,22 +144,14 @@ class MaskDiffusionTransformer(nn.Module):
 # 2. Eq. 1, the decision rule
 
 
-def _wide(x: Tensor) -> Tensor:
-    """At least float32."""
-    return x if x.dtype == torch.float64 else x.float()
-
-
 def reveal_confidence(logits: Tensor, mask_id: int) -> tuple[Tensor, Tensor]:
     """The best token (MASK excluded; ties go to the lowest id) and its log-probability among the tokens.
 
-    logits: float [..., V].  Returns int64 [...] and float [...].  A NaN logit wins the argmax, as in torch; where
-    every token has -inf the result is id 0 with confidence NaN.
+    logits: float [..., V].  Returns int64 [...] and float [...].  NaN and infinities: kernels.decide_from_logits.
     """
-    tokens_only = _wide(logits).index_fill(-1, torch.tensor(mask_id, device=logits.device), -torch.inf)
-    top, best = tokens_only.max(-1)
-    others = (tokens_only - top.unsqueeze(-1)).exp().scatter(-1, best.unsqueeze(-1), 0).sum(-1)
-    # -log1p(others) rather than a probability: in float32 that would be 1 for every gap beyond 17 nats.
-    return best, -torch.log1p(others)
+    tokens = torch.full(logits.shape[:-1], mask_id, device=logits.device)
+    best, confidence, _, _ = decide_from_logits(logits, tokens, mask_id)
+    return best, confidence
 
 
 def decide(
@@ -167,54 +162,51 @@ def decide(
     reveal: int | Tensor | None = None,
     allow_remask: bool = True,
     allow_reveal: bool = True,
+    head: Tensor | None = None,
+    impl: str | None = None,
 ) -> Tensor:
     """Eq. 1: every position keeps its token, is re-masked, or is revealed, all at once.
 
         x != M and p(M) >  p(x): M            x != M and p(M) <= p(x): x            x = M: argmax over V without M
 
-    Two probabilities of one softmax compare as their logits do, so no softmax is taken.
-    logits: float [B, N, V].  tokens: int64 [B, N].  editable: bool [B, N] or [N]; elsewhere nothing changes.
+    Two probabilities of one softmax compare as their logits do, so no softmax is taken; the comparison itself is
+    kernels.decide_from_logits.
+    logits: float [B, N, V]; or, with head, the output weight [V, D], hidden states [B, N, D]: their logits are formed
+    at masked positions only, a piece at a time (kernels.decide_from_hidden).
+    tokens: int64 [B, N].  editable: bool [B, N] or [N]; elsewhere nothing changes.
     reveal: at most that many reveals a sequence (an int, or int64 [B]), the most confident first; None: all.
     allow_remask, allow_reveal: switch one kind off (the two phases of image editing).
+    impl: "torch", "triton" or None, which is triton on a GPU.
     Returns the next tokens, int64 [B, N]; the input is not changed.  A NaN logit never re-masks (a comparison
     with NaN is false) and propagates into the argmax as in torch.  Raises ValueError on wrong shapes.
     """
-    if logits.shape[:-1] != tokens.shape or not 0 <= mask_id < logits.shape[-1]:
-        raise ValueError(
-            f"decide: logits must be tokens' shape {tuple(tokens.shape)} + [V] with mask_id {mask_id} < V, "
-            f"got {tuple(logits.shape)}"
-        )
-    if editable is not None and editable.shape not in (tokens.shape, tokens.shape[-1:]):
-        raise ValueError(
-            f"decide: editable must be {tuple(tokens.shape)} or {tuple(tokens.shape[-1:])}, got {tuple(editable.shape)}"
-        )
     if isinstance(reveal, Tensor) and reveal.numel() not in (1, len(tokens)):
         raise ValueError(f"decide: reveal must be a number or [{len(tokens)}], got {tuple(reveal.shape)}")
-    masked = tokens == mask_id
-    free = torch.ones_like(masked) if editable is None else editable.expand_as(masked)
-    following = tokens.clone()
-    if allow_remask:
-        own = logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-        following[free & ~masked & (logits[..., mask_id] > own)] = mask_id  # Eq. 1, first line
-    if allow_reveal:
-        chosen = free & masked
-        best, confidence = reveal_confidence(logits[chosen], mask_id)  # only masked rows are read whole
-        if reveal is not None:
-            ranked = confidence.new_full(tokens.shape, -torch.inf)
-            ranked[chosen] = confidence
-            rank = ranked.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-            first = rank < torch.as_tensor(reveal, device=tokens.device).reshape(-1, 1)
-            best, chosen = best[first[chosen]], chosen & first
-        following[chosen] = best  # Eq. 1, third line
-    return following
+    if not allow_reveal:  # then the masked rows need not even be read
+        visible = tokens != mask_id
+        editable = visible if editable is None else visible & editable
+    if head is None:
+        decision = decide_from_logits(logits, tokens, mask_id, editable, impl)
+    else:
+        decision = decide_from_hidden(logits, head, tokens, mask_id, editable, impl)
+    return act(decision, tokens, mask_id, reveal, allow_remask)
+
+
+def act(
+    decision: Decision, tokens: Tensor, mask_id: int, reveal: int | Tensor | None = None, allow_remask: bool = True
+) -> Tensor:
+    """The next tokens when only the `reveal` most confident reveals of a sequence happen, or no re-masking."""
+    if reveal is None and allow_remask:
+        return decision.following
+    following = decision.best
+    if reveal is not None:
+        rank = decision.confidence.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)  # -inf: no reveal
+        following = torch.where(rank < torch.as_tensor(reveal, device=tokens.device).reshape(-1, 1), following, tokens)
+    return following.masked_fill(decision.remask, mask_id) if allow_remask else following
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # 3. The oracle action and the three losses
-
-REVEAL, REMASK, KEEP = 0, 1, 2  # roles
-IGNORE = -1  # the role of a position without a loss (not editable)
-
 
 def oracle_action(
     state: Tensor, clean: Tensor, mask_id: int, editable: Tensor | None = None
@@ -223,7 +215,8 @@ def oracle_action(
 
         M             -> reveal: target x*          wrong token -> re-mask: target M          right token -> keep it
 
-    state, clean: int64 [..., N]; clean holds no MASK.  editable: bool, broadcastable; elsewhere the role is IGNORE.
+    state, clean: int64 [..., N]; clean holds no MASK.  editable: bool, broadcastable; elsewhere the role is IGNORE,
+    no loss.
     Returns target, int64, and role, int64 in {REVEAL, REMASK, KEEP, IGNORE}, of state's shape.
     """
     masked, right = state == mask_id, state == clean
@@ -235,28 +228,25 @@ def oracle_action(
 
 
 def revision_loss(
-    logits: Tensor, target: Tensor, role: Tensor, weights: tuple[float, float, float] = (1, 1, 1)
+    logits: Tensor,
+    target: Tensor,
+    role: Tensor,
+    weights: tuple[float, float, float] = (1, 1, 1),
+    head: Tensor | None = None,
+    impl: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Cross-entropy to the oracle action, split by role: (total, reveal, remask, keep), scalars in nats.
 
     A part is the sum over its role's positions divided by the number of positions with any role, so that with
     weights (1, 1, 1) total is the mean cross-entropy over the editable positions, and an empty role counts 0.
     Its minimiser puts all mass of a visible position on {x_i, M}, with p(x_i) the probability that x_i is right.
-    logits: float [..., V].  target, role: int64 [...], as oracle_action returns them.  weights: of the parts, in
+    The total alone has a gradient; the parts are there to be watched.
+    logits: float [..., V]; or, with head, the output weight [V, D], hidden states [..., D], whose logits are formed a
+    chunk of rows at a time.  target, role: int64 [...], as oracle_action returns them.  weights: of the parts, in
     the order reveal, remask, keep; unequal weights of remask and keep move that probability.
-    Raises ValueError when the shapes differ.
+    impl: "torch", "triton" or None, which is triton on a GPU.  Raises ValueError when the shapes differ.
     """
-    if logits.shape[:-1] != target.shape or target.shape != role.shape:
-        raise ValueError(
-            f"revision_loss: logits {tuple(logits.shape)}, target {tuple(target.shape)} and role "
-            f"{tuple(role.shape)} must agree but for V"
-        )
-    counted = role != IGNORE
-    loss = F.cross_entropy(_wide(logits[counted]), target[counted], reduction="none")
-    scale = 1 / max(loss.numel(), 1)
-    parts = [(loss * (role[counted] == kind)).sum() * scale for kind in (REVEAL, REMASK, KEEP)]
-    total = sum(weight * part for weight, part in zip(weights, parts))
-    return total, *parts
+    return revision_cross_entropy(logits, target, role, weights, head, impl)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -387,8 +377,9 @@ def revise(
     reveal: int | None = None,
     trace: bool = False,
     patience: int | None = None,
-    rule: Callable[..., Tensor] = decide,
+    rule: Callable[..., Tensor] | None = None,
     head: Tensor | None = None,
+    impl: str | None = None,
 ) -> Revision:
     """Revises until nothing changes: at every turn Eq. 2 (history), one forward pass (denoiser), Eq. 1 (decide).
 
@@ -397,9 +388,9 @@ def revise(
     history: HistoryReference on the model's embedding; it is reset first.  editable: as for decide.  reveal: an int.
     Finished sequences leave the batch, so a denoiser that holds something a sequence (a padding mask, say) must
     not count on B: revise such sequences one by one, or let it read what it needs from its input.
-    rule: Eq. 1, or a baseline's rule with decide's parameters.  head: float [V, D]; denoiser then returns hidden
-    states [B, N, D].  (The form that never holds the logits of all positions is kernels.decide_from_hidden; this
-    function does not call it yet.)
+    rule: a baseline's rule in the place of Eq. 1, with decide's first parameters.
+    head: the output weight [V, D]; denoiser then returns hidden states [B, N, D], and the logits of all positions are
+    never formed.  impl: of decide; history has its own.
 
     A sequence ends, leaves the batch and gets its status when
       FIXED_POINT   the turn changed nothing.  With history the memory still changes after that, so a later
@@ -408,10 +399,14 @@ def revise(
                     then certain; three times with history, where the memory differs at each return.
       OUT_OF_TURNS  max_turns forward passes were made.
     In the last turn, and at a cycle, masked positions are revealed and none is re-masked, so no MASK is left.
-    Raises ValueError for a MASK that may not be edited, and for max_turns < 1.
+    Raises ValueError for a MASK that may not be edited, for max_turns < 1, and for a rule together with head or impl.
     """
     if max_turns < 1:
         raise ValueError(f"revise: max_turns must be at least 1, got {max_turns}")
+    eq1 = partial(decide, head=head, impl=impl)
+    rule = None if rule is decide else rule
+    if rule is not None and (head is not None or impl is not None):
+        raise ValueError("revise: head and impl belong to Eq. 1; rule replaces it")
     batch = len(tokens)
     free = torch.ones_like(tokens, dtype=torch.bool) if editable is None else editable.expand_as(tokens)
     if ((tokens == mask_id) & ~free).any():
@@ -423,10 +418,8 @@ def revise(
     running = torch.arange(batch, device=tokens.device)  # the rows of the batch still at work
     returns: list[dict[bytes, int]] = [{key: 0} for key in _row_keys(tokens)]  # how often each state came back
     for turn in range(1, max_turns + 1):
-        logits = denoiser(history.push(tokens))  # Eq. 2 and the network
-        if head is not None:
-            logits = F.linear(logits, head)
-        following = rule(logits, tokens, mask_id, editable=free, reveal=reveal)  # Eq. 1
+        logits = denoiser(history.push(tokens))  # Eq. 2 and the network; with head, these are hidden states
+        following = (rule or eq1)(logits, tokens, mask_id, editable=free, reveal=reveal)  # Eq. 1
         settled = (following == tokens).all(-1).tolist()
         ends = torch.zeros(len(running), dtype=torch.bool)
         for i, (row, key) in enumerate(zip(running.tolist(), _row_keys(following))):
@@ -439,8 +432,10 @@ def revise(
             turns[row] = turn
         if ends.any():
             ends = ends.to(tokens.device)
-            complete = decide(logits, tokens, mask_id, editable=free, allow_remask=False)
-            following = torch.where(ends.unsqueeze(-1) & (following == mask_id), complete, following)
+            last = ends & (following == mask_id).any(-1)  # these would end with a MASK
+            if last.any():
+                complete = eq1(logits[last], tokens[last], mask_id, editable=free[last], allow_remask=False)
+                following[last] = torch.where(following[last] == mask_id, complete, following[last])
         result[running] = following
         if trace:
             states.append(result.clone())

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+import kernels
 from history import ABSENT, HistoryReference, history_embedding, rotate_pairs
 
 WIDTH = 8
@@ -88,6 +89,26 @@ def test_recurrence_equals_closed_sum_over_50_turns(gamma, rotate, size):
         torch.testing.assert_close(history.push(states[t]), closed, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.skipif(kernels.triton is None, reason="triton is not installed")
+@sizes
+@variants
+def test_triton_and_torch_give_the_same(gamma, rotate, size):
+    states, embedding = random_case(4, size)
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # compiled kernels there, Triton's interpreter here
+    states, embedding = states.to(device), embedding.float().to(device)
+    results, gradients = [], []
+    for impl in ("torch", "triton"):
+        leaf = embedding.clone().requires_grad_()
+        results.append(history_embedding(states, leaf, gamma, rotate, impl=impl))
+        gradients.append(torch.autograd.grad(results[-1].sin().sum(), leaf)[0])
+        history = HistoryReference(embedding, gamma, rotate, impl=impl)
+        for state in states.clamp(min=0):
+            last = history.push(state)
+        results.append(last)
+    torch.testing.assert_close(results[:2], results[2:])
+    torch.testing.assert_close(*gradients)
+
+
 @variants
 @pytest.mark.parametrize("dtype, rtol, atol", [(torch.float32, 0, 1e-5), (torch.bfloat16, 2**-8, 1e-5)])
 def test_recurrence_does_not_drift_from_float64_in_100_turns(gamma, rotate, dtype, rtol, atol):
@@ -164,6 +185,9 @@ def wrong_push(tokens):
         lambda: history_embedding(torch.zeros(0, 2, 3, dtype=torch.long), torch.randn(3, 4)),
         lambda: wrong_push(torch.zeros(1, 3, dtype=torch.long)),
         lambda: wrong_push(torch.zeros(2, 4, dtype=torch.long)),
+        lambda: wrong_push(torch.full((2, 3), 5)),
+        lambda: history_embedding(torch.full((1, 4, 40), 3), torch.randn(3, 4)),
+        lambda: history_embedding(torch.full((1, 1, 1), 3), torch.randn(3, 4)),
     ],
 )
 def test_bad_input_is_a_value_error(call):

@@ -3,11 +3,14 @@
 import math
 from collections import Counter
 from itertools import groupby, product
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import kernels
 import reflective_masking as rm
 from history import ABSENT, HistoryReference
 from reflective_masking import CYCLE, FIXED_POINT, IGNORE, KEEP, OUT_OF_TURNS, REMASK, REVEAL
@@ -445,6 +448,76 @@ def test_revision_of_a_sequence_does_not_depend_on_the_batch():
     assert torch.equal(together.tokens, torch.cat([one.tokens for one in alone]))
 
 
+# ----------------------------------------------------------------------------------- the kernels in their places
+
+ROOT = Path(__file__).resolve().parents[1]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # compiled kernels there, Triton's interpreter here
+needs_triton = pytest.mark.skipif(kernels.triton is None, reason="triton is not installed")
+IMPLS = ["torch", pytest.param("triton", marks=needs_triton)]
+
+
+def shipped_boards():
+    """The shipped Sudoku model and four boards of a hand-made pattern with 20 wrong cells each, 2 blank."""
+    model, info = rm.load_checkpoint(ROOT / "checkpoints/sudoku_full.pt", "sudoku", DEVICE)
+    clean = torch.tensor([[(3 * (r % 3) + r // 3 + c + b) % 9 + 1 for r in range(9) for c in range(9)] for b in range(4)])
+    order = torch.rand(4, 81, generator=seeded(1)).argsort(-1)
+    start = torch.where(order < 20, rm.uniform_wrong(clean, torch.arange(1, 10), 1, seeded(2))[0], clean)
+    return model, info, start.masked_fill(order > 78, M).to(DEVICE)
+
+
+@needs_triton
+@pytest.mark.filterwarnings("ignore:.*encountered in")
+@pytest.mark.parametrize("variant", ["full", "rm"])
+@pytest.mark.parametrize("reveal", [None, 3])
+def test_revision_of_sudoku_boards_is_the_same_with_torch_triton_and_head(variant, reveal):
+    model, info, start = shipped_boards()
+    gamma, rotate = (info["gamma"], info["rotate"]) if variant == "full" else (0.0, False)
+    weight, got = model.head.weight, []
+    for impl in ("torch", "triton"):
+        history = HistoryReference(model.embedding, gamma, rotate, impl=impl)
+        got.append(rm.revise(model, start, M, history, 6, None, reveal, True, impl=impl))
+        model.head, head = torch.nn.Identity(), model.head
+        got.append(rm.revise(model, start, M, history, 6, None, reveal, True, head=weight, impl=impl))
+        model.head = head
+    assert len(got[0].trace) > 3
+    for other in got[1:]:
+        assert torch.equal(got[0].trace, other.trace) and torch.equal(got[0].tokens, other.tokens)
+        assert (got[0].turns, got[0].status) == (other.turns, other.status)
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered in")
+@pytest.mark.parametrize("impl", IMPLS)
+def test_decide_and_loss_with_a_head_are_those_of_its_logits(impl):
+    def draw(low, high, *shape):
+        return torch.randint(low, high, shape, generator=seeded(low + high)).to(DEVICE)
+
+    hidden, head, role = draw(-2, 3, 6, 9, 8).float(), draw(-2, 3, 7, 8).float(), draw(-1, 3, 6, 9)
+    logits, tokens, editable = hidden @ head.T, draw(0, 7, 6, 9), draw(0, 5, 6, 9) > 0
+    for remask, reveal, limit in product([True, False], [True, False], [None, 2]):
+        expected = rm.decide(logits, tokens, M, editable, limit, remask, reveal)
+        assert torch.equal(rm.decide(hidden, tokens, M, editable, limit, remask, reveal, head, impl), expected)
+        assert torch.equal(rm.decide(logits, tokens, M, editable, limit, remask, reveal, impl=impl), expected)
+    for x, w in ((logits, None), (hidden, head)):
+        got = rm.revision_loss(x, tokens, role, (1, 2, 3), w, impl)
+        torch.testing.assert_close(got, rm.revision_loss(logits, tokens, role, (1, 2, 3)))
+
+
+def test_with_a_head_the_logits_of_all_positions_are_never_formed():
+    class Shapes(TorchDispatchMode):
+        seen = []
+
+        def __torch_dispatch__(self, function, types, args=(), keywords=None):
+            result = function(*args, **(keywords or {}))
+            self.seen.extend(x.numel() for x in (result if isinstance(result, tuple) else [result]) if torch.is_tensor(x))
+            return result
+
+    tokens, head = torch.ones(2, 200, dtype=torch.long), torch.randn(3000, 8, generator=seeded(1))
+    tokens[0, :5] = M
+    with Shapes() as shapes:
+        rm.revise(lambda embedded: embedded, tokens, M, HistoryReference(head), 1, head=head)
+    assert max(shapes.seen) < 2 * 200 * 3000 / 10
+
+
 # --------------------------------------------------------------------------------------------------- training
 
 CLEAN = torch.tensor([[int(token) for token in word] for word in ("12345123", "54321543", "22551144", "31415253")])
@@ -551,8 +624,9 @@ def test_two_processes_train_as_one(tmp_path):
     start, one = new_model().state_dict(), new_model()
     train_ragged(one)
     for name, value in one.state_dict().items():
-        moved = (value - start[name]).norm()
-        assert (value - two[name]).norm() < 0.03 * moved, name  # Muon orthogonalises in bfloat16
+        # Muon orthogonalises in bfloat16: there a start that differs in the last bit ends 8 % elsewhere.
+        allowed = 0.15 if name.startswith("blocks") and value.ndim == 2 else 0.003
+        assert (value - two[name]).norm() < allowed * (value - start[name]).norm(), name
 
 
 def test_checkpoint_keeps_weights_config_and_info(tmp_path):
@@ -607,6 +681,9 @@ def revise_one(tokens, **more):
         lambda: rm.topk_wrong(torch.zeros(2, 3, 2), ONES, M),
         lambda: revise_one([1, 2], max_turns=0),
         lambda: revise_one([1, M], editable=torch.tensor([True, False])),
+        lambda: revise_one([1, 2], rule=lambda logits, tokens, mask_id, **_: tokens, head=torch.eye(4)),
+        lambda: revise_one([1, 2], rule=lambda logits, tokens, mask_id, **_: tokens, impl="torch"),
+        lambda: revise_one([1, 2], impl="gpu"),
     ],
 )
 def test_bad_input_is_a_value_error(call):
