@@ -459,7 +459,8 @@ IMPLS = ["torch", pytest.param("triton", marks=needs_triton)]
 def shipped_boards():
     """The shipped Sudoku model and four boards of a hand-made pattern with 20 wrong cells each, 2 blank."""
     model, info = rm.load_checkpoint(ROOT / "checkpoints/sudoku_full.pt", "sudoku", DEVICE)
-    clean = torch.tensor([[(3 * (r % 3) + r // 3 + c + b) % 9 + 1 for r in range(9) for c in range(9)] for b in range(4)])
+    cell = torch.arange(81)
+    clean = (3 * (cell // 9 % 3) + cell // 27 + cell % 9 + torch.arange(4).unsqueeze(1)) % 9 + 1
     order = torch.rand(4, 81, generator=seeded(1)).argsort(-1)
     start = torch.where(order < 20, rm.uniform_wrong(clean, torch.arange(1, 10), 1, seeded(2))[0], clean)
     return model, info, start.masked_fill(order > 78, M).to(DEVICE)
@@ -508,7 +509,8 @@ def test_with_a_head_the_logits_of_all_positions_are_never_formed():
 
         def __torch_dispatch__(self, function, types, args=(), keywords=None):
             result = function(*args, **(keywords or {}))
-            self.seen.extend(x.numel() for x in (result if isinstance(result, tuple) else [result]) if torch.is_tensor(x))
+            results = result if isinstance(result, tuple) else (result,)
+            self.seen.extend(x.numel() for x in results if torch.is_tensor(x))
             return result
 
     tokens, head = torch.ones(2, 200, dtype=torch.long), torch.randn(3000, 8, generator=seeded(1))
