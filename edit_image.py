@@ -1,10 +1,10 @@
 """Task 3: editing a small image by a sentence, in place.  The model re-masks the pixels that the instruction changes,
 reveals new ones, and leaves the rest alone.
 
-    python edit_image.py                                      train base, baselines and RM, print the table, draw a gallery
-    python edit_image.py --evaluate                           score the shipped checkpoint on 1,000 held-out scenes
+    python edit_image.py                            train base, baselines and RM, print the table, draw a gallery
+    python edit_image.py --pairs DIR --test DIR     the same on your own pairs (pairs.jsonl and PNG files)
+    python edit_image.py --evaluate                 score the shipped checkpoint on 1,000 held-out scenes
     python edit_image.py --image IN.png --instruction "make the house red" --out OUT.png
-    python edit_image.py --pairs DIR --test DIR               the same on your own pairs (pairs.jsonl and PNG files)
 
 Reading order: scenes, pairs, network, training states, decoding, metrics, evaluation, training, figures, command line.
 A pixel is a token and so is a word.  One sequence is [instruction | source | target], and only the target is editable;
@@ -801,20 +801,24 @@ def decodings_of(method: str) -> dict[str, Decoding]:
 
 def print_table(rows: dict[str, dict]) -> None:
     """The paper's table beside ours: label -> record."""
-    head = ("exact % (95 %)", "prec. %", "cover. %", "MAE", "PSNR med.", "mean", "inf. %", "SSIM", "turns")
-    print(f"\n{'':36}" + f"{head[0]:>22}" + "".join(f"{name:>10}" for name in head[1:]))
+    heads = ("prec. %", "cover. %", "MAE", "PSNR med.", "mean", "inf. %", "SSIM", "turns")
+    print(f"\n{'':36}{'exact % (95 %)':>22}" + "".join(f"{head:>10}" for head in heads))
     for label, (precision, coverage, mae, psnr, ssim) in PAPER.items():
-        print(f"{'paper (photographs), ' + label:36}{'':22}{precision:>10.2f}{coverage:>10.2f}{mae:>10.3f}"
-              f"{'':10}{psnr:>10.2f}{'':10}{ssim:>10.4f}")
+        cells = (f"{precision:.2f}", f"{coverage:.2f}", f"{mae:.3f}", "", f"{psnr:.2f}", "", f"{ssim:.4f}")
+        print(f"{'paper (photographs), ' + label:36}{'':22}" + "".join(f"{cell:>10}" for cell in cells))
+
+    def text(value: float | str | None, form: str) -> str:
+        return "-" if value is None else value if isinstance(value, str) else f"{value:{form}}"
+
     for label, row in rows.items():
         low, high = (100 * bound for bound in row["ci95_exact"])
-        mean = {key: math.nan if row[key]["mean"] is None else row[key]["mean"]
-                for key in ("precision", "coverage", "mae", "psnr", "ssim")}
-        median = row["psnr"]["median"]
-        print(f"{label:36}{100 * row['exact']:>7.1f}{f'({low:.1f} to {high:.1f})':>15}{100 * mean['precision']:>10.2f}"
-              f"{100 * mean['coverage']:>10.2f}{mean['mae']:>10.3f}{median if isinstance(median, str) else f'{median:.1f}':>10}"
-              f"{mean['psnr']:>10.2f}{100 * row['psnr']['infinite'] / row['n']:>10.1f}{mean['ssim']:>10.4f}"
-              f"{row['mean_turns']:>7.1f}")
+        mean = {key: row[key]["mean"] for key in ("precision", "coverage", "mae", "psnr", "ssim")}
+        cells = [text(None if mean[key] is None else 100 * mean[key], ".2f") for key in ("precision", "coverage")]
+        cells += [text(mean["mae"], ".3f"), text(row["psnr"]["median"], ".1f"), text(mean["psnr"], ".2f")]
+        cells += [f"{100 * row['psnr']['infinite'] / row['n']:.1f}", text(mean["ssim"], ".4f")]
+        cells += [f"{row['mean_turns']:.1f}"]
+        exact = f"{100 * row['exact']:>7.1f}{f'({low:.1f} to {high:.1f})':>15}"
+        print(f"{label:36}{exact}" + "".join(f"{cell:>10}" for cell in cells))
     for label, row in rows.items():
         print(f"{label:36}exact % by verb: " +
               ", ".join(f"{verb} {100 * part['exact']:.1f}" for verb, part in row["by_verb"].items()))
@@ -831,12 +835,13 @@ def training_run(model: Editor, method: str, pool: Pairs, args, steps: int, **ch
     gamma, rotate, dropout = METHODS[method]
     dropout = dropout if args.dropout is None or method == "base" else args.dropout
     sample = partial(sample_batch, pool=pool, codec=model.codec, method=method, dropout=dropout)
-    settings = TRAINING | dict(gamma=gamma, rotate=rotate, precision=args.precision, compile=args.compile, seed=args.seed)
+    settings = TRAINING | dict(gamma=gamma, rotate=rotate, seed=args.seed)
+    settings |= dict(precision=args.precision, compile=args.compile)
     return rm.train(model, sample, steps, MASK, **(settings | changes))
 
 
 def measured_steps(minutes: float, codec: Codec, pool: Pairs, args) -> int:
-    """How many steps of RM fit the time here, an even number: 20 steps of a throw-away model are timed after 5 to warm up."""
+    """How many steps of RM fit the time here, an even number: times 20 steps of a throw-away model after 5."""
     run = training_run(Editor(codec).to(args.device), "rm", pool, args, 25)
     seconds = [stats["seconds"] for _, stats in run]
     steps = max(2, 2 * int(minutes * 60 * 10 / (seconds[-1] - seconds[4])))
@@ -901,8 +906,9 @@ def train_method(method: str, steps: int, pool: Pairs, codec: Codec, args) -> tu
             curve.append({"step": step, "minutes": stats["seconds"] / 60, **mean})
             left = stats["seconds"] / step * (steps - step)
             losses = f"reveal {mean['reveal']:.4f} re-mask {mean['remask']:.4f} keep {mean['keep']:.4f}"
+            losses += f" {left // 60:.0f}:{left % 60:02.0f} left"
             if main:
-                print(f"{method} step {step}/{steps} loss: {losses} {left // 60:.0f}:{left % 60:02.0f} left", flush=True)
+                print(f"{method} step {step}/{steps} loss: {losses}", flush=True)
             mean = dict.fromkeys(mean, 0.0)
     gamma, rotate, dropout = METHODS[method]
     record = {"method": method, "gamma": gamma, "rotate": rotate, "steps": steps, "minutes": stats["seconds"] / 60}
@@ -933,8 +939,10 @@ def load_pairs(args) -> tuple[Pairs, Pairs, Codec]:
         return pool, scene_pairs(args.n, TEST_SEED, test=True)[0], codec
     pool, codec, same = read_pairs(args.pairs, most=args.pool)
     test, _, same_test = read_pairs(args.test, codec, most=args.n)
-    print(f"{len(pool.source)} training and {len(test.source)} test pairs ({same} and {same_test} left out, no change); "
-          f"{len(codec.palette)} colours, {len(codec.words)} words, {codec.height}x{codec.width} pixels")
+    print(
+        f"{len(pool.source)} training and {len(test.source)} test pairs ({same} and {same_test} left out, no change); "
+        f"{len(codec.palette)} colours, {len(codec.words)} words, {codec.height}x{codec.width} pixels"
+    )
     return pool, test, codec
 
 
@@ -1009,10 +1017,11 @@ def draw_gallery(path: Path, codec: Codec, pairs: Pairs, shown: dict, most: int 
     picks.sort(key=lambda i: pairs.verbs[i])
     tokens, masked = shown[ours]
     heads = ["source", f"re-masked by {ours}", *shown, "target", f"error of {ours}"]
-    fig, axes = plt.subplots(len(picks), len(heads), figsize=(1.5 * len(heads), 1.75 * len(picks)), squeeze=False,
-                             layout="constrained")
+    size = (1.5 * len(heads), 1.75 * len(picks))
+    fig, axes = plt.subplots(len(picks), len(heads), figsize=size, squeeze=False, layout="constrained")
     for row, i in zip(axes, picks):
-        images = [codec.decode_image(t).numpy() for t in (pairs.source[i], *(s[0][i] for s in shown.values()), pairs.target[i])]
+        states = (pairs.source[i], *(edited[i] for edited, _ in shown.values()), pairs.target[i])
+        images = [codec.decode_image(state).numpy() for state in states]
         images.insert(1, show_mask(codec, pairs.source[i], masked[i]))
         wrong = codec.decode_image(tokens[i]).float() - codec.decode_image(pairs.target[i]).float()
         for axis, image in zip(row, images):
@@ -1033,14 +1042,16 @@ def animate(path: Path, codec: Codec, trace: Tensor) -> None:
 
     scale = max(1, 256 // max(codec.height, codec.width))
     frames = [Image.fromarray(image.numpy()) for image in codec.decode_image(trace)]
-    frames = [frame.resize((codec.width * scale, codec.height * scale), Image.Resampling.NEAREST) for frame in frames]
+    size = (codec.width * scale, codec.height * scale)
+    frames = [frame.resize(size, Image.Resampling.NEAREST) for frame in frames]
     path.parent.mkdir(parents=True, exist_ok=True)
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=[1200] + [500] * (len(frames) - 2) + [2000], loop=0)
+    durations = [500] * (len(frames) - 1) + [2000]
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=durations, loop=0)
     print(f"wrote {path}")
 
 
 def edit_file(args, model: Editor, record: dict) -> dict:
-    """--image: edits one file; writes OUT.png, the side-by-side picture OUT_steps.png and, when asked, the animation."""
+    """--image: edits one file; writes OUT.png, side by side OUT_steps.png and, when asked, the animation."""
     from PIL import Image
 
     codec, image = model.codec, read_png(args.image)
@@ -1074,52 +1085,57 @@ def edit_file(args, model: Editor, record: dict) -> dict:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Reflective Masking on images: edit small palette images by instructions, in place. Without arguments: "
-        "train the base model, the baselines and RM on our own scenes, evaluate them on held-out ones, draw a gallery.",
+        description="Reflective Masking on images: edit small palette images by instructions, in place. Without "
+        "arguments: train the base model, the baseline and RM on our own scenes, evaluate on held-out ones, draw.",
     )
     add = parser.add_argument_group("what to do (default: train)").add_mutually_exclusive_group().add_argument
     add("--evaluate", action="store_true", help="score --checkpoint on held-out scenes, or on --test")
     add("--image", type=Path, metavar="IN.png", help="edit this file by --instruction, write it to --out OUT.png")
     add = parser.add_argument_group("data").add_argument
-    add("--pairs", type=Path, metavar="DIR", help="train on DIR/pairs.jsonl instead of our scenes; palette and words from it")
+    add("--pairs", type=Path, metavar="DIR", help="train on DIR/pairs.jsonl; palette and words come from it")
     add("--test", type=Path, metavar="DIR", help="test on DIR/pairs.jsonl; an unknown word is an error")
     add("--pool", type=int, default=40_000, help="training pairs at most (default 40000)")
     add("--n", type=int, default=1000, help="test pairs at most (default 1000)")
     add = parser.add_argument_group("training").add_argument
     add("--methods", nargs="+", choices=METHODS, default=["base", "sft", "rm", "history"], metavar="M",
         help=f"which of {', '.join(METHODS)} (default: all but guided); base is always first")
-    add("--minutes", type=float, default=20, help="training of all methods together (default 20; the evaluation adds to it)")
+    add("--minutes", type=float, default=20, help="training of all methods together (default 20), without evaluation")
     add("--steps", type=int, help="train each method exactly this many steps instead, base half as many")
-    add("--dropout", type=float, help="share of instructions and sources dropped in training, of all but base")
+    add("--dropout", type=float, help="share of instructions and sources dropped, of all but base")
     add("--precision", choices=["bf16", "float32"], help="default bf16 where the processor has it")
     add("--compile", action="store_true", help="torch.compile the network (needs a C++ compiler on CPU)")
     add = parser.add_argument_group("editing (--evaluate, --image)").add_argument
     add("--checkpoint", type=Path, default=HERE / "checkpoints/image_rm.pt", help="default: the shipped one")
     add("--instruction", metavar="TEXT", help="what to do with --image")
-    add("--decode", choices=["two-phase", "loop"], default="two-phase", help="the paper's two phases, or Eq. 1 until it rests")
+    add("--decode", choices=["two-phase", "loop"], default="two-phase", help="two phases, or Eq. 1 until it rests")
     add("--mask-steps", type=int, default=8, help="first phase, at most (default 8)")
     add("--reveal-steps", type=int, default=8, help="second phase (default 8)")
     add("--max-turns", type=int, default=16, help="of the loop (default 16)")
-    add("--threshold", type=float, default=0.0, help="re-mask only where p(M) is above this, too (paper: 0.9; default 0)")
+    add("--threshold", type=float, default=0.0, help="re-mask only where p(M) > this, too (paper 0.9; default 0)")
     add("--guidance", type=float, default=1.0, help="classifier-free guidance of the instruction (default 1: none)")
     add("--image-guidance", type=float, default=1.0, help="the same of the source")
     add("--gif", type=Path, metavar="FILE", help="with --image: write the turns as an animation")
     add = parser.add_argument_group("general").add_argument
     add("--seed", type=int, default=0, help="of training data, first weights and batches; --evaluate: of the scenes")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
-    add("--out", type=Path, help="folder of the files (default runs/image, with --smoke runs/smoke); with --image the PNG")
+    add("--out", type=Path, help="with --image the PNG; else a folder (default runs/image, with --smoke runs/smoke)")
     add("--json", type=Path, metavar="FILE", help="also write the result as JSON")
     add("--smoke", action="store_true", help="everything tiny, in seconds, to see that it runs")
     args = parser.parse_args()
     training = ["pool", "methods", "minutes", "steps", "dropout", "precision", "compile", "pairs"]
-    editing = ["checkpoint", "decode", "mask_steps", "reveal_steps", "max_turns", "threshold", "guidance", "image_guidance"]
+    editing = ["checkpoint", "decode", "mask_steps", "reveal_steps", "max_turns", "threshold"]
+    editing += ["guidance", "image_guidance"]
     mode = "--image" if args.image else "--evaluate" if args.evaluate else "training"
-    unused = {"--image": training + ["test", "n", "seed", "smoke"], "--evaluate": training + ["instruction", "gif", "smoke"],
-              "training": editing + ["instruction", "gif"]}[mode]
+    unused = {
+        "--image": training + ["test", "n", "seed", "smoke"],
+        "--evaluate": training + ["instruction", "gif", "smoke"],
+        "training": editing + ["instruction", "gif"],
+    }[mode]
     unused += ["mask_steps", "reveal_steps"] if args.decode == "loop" else ["max_turns"]
     for name in unused:  # an option that would be ignored is an error
         if getattr(args, name) != parser.get_default(name):
-            parser.error(f"--{name.replace('_', '-')} has no effect with {mode}" + " --decode loop" * (args.decode == "loop"))
+            loop = " --decode loop" * (args.decode == "loop")
+            parser.error(f"--{name.replace('_', '-')} has no effect with {mode}{loop}")
     if args.image and (not args.instruction or not args.out or args.out.suffix.lower() != ".png"):
         parser.error("--image needs --instruction TEXT and --out OUT.png")
     if mode == "training" and bool(args.pairs) != bool(args.test):
