@@ -1,17 +1,17 @@
 """Task 3: editing a small image by a sentence, in place.  The model re-masks the pixels that the instruction changes,
 reveals new ones, and leaves the rest alone.
 
-    python edit_image.py                                      train base, baselines and RM, print the table, draw a gallery
-    python edit_image.py --evaluate                           score the shipped checkpoint on 1,000 held-out scenes
+    python edit_image.py                            train base, baselines and RM, print the table, draw a gallery
+    python edit_image.py --pairs DIR --test DIR     the same on your own pairs (pairs.jsonl and PNG files)
+    python edit_image.py --evaluate                 score the shipped checkpoint on 1,000 held-out scenes
     python edit_image.py --image IN.png --instruction "make the house red" --out OUT.png
-    python edit_image.py --pairs DIR --test DIR               the same on your own pairs (pairs.jsonl and PNG files)
 
 Reading order: scenes, pairs, network, training states, decoding, metrics, evaluation, training, figures, command line.
 A pixel is a token and so is a word.  One sequence is [instruction | source | target], and only the target is editable;
 the network adds the source's embedding to the target's at the same pixel, so that its length is words + pixels.
 Ids: MASK 0, colour c of the palette 1 + c, the same colour in the source 1 + C + c, then "no image", "no word", words.
-Differences from the paper: pixels of a palette instead of a VQ codebook; half of RM's trajectories re-mask the whole
-edit at once (revision_states); instruction and source, which never change, have no history (PromptHistory).
+Differences from the paper: pixels of a palette instead of a VQ codebook; most of RM's trajectories re-mask the
+whole edit at once (revision_states); instruction and source, which never change, have no history (PromptHistory).
 """
 
 import argparse
@@ -50,6 +50,8 @@ METHODS = {  # gamma, rotate of Eq. 2, and the share of instructions and of sour
     "guided": (0.0, False, 0.1),  # the same as rm with dropout, for classifier-free guidance
 }
 BASE_EDITS = 0.1  # the paper's base model has seen some editing before its post-training, too
+BASE_STEPS = 0.5  # the base model's steps over those of each method that starts from it
+LAWFUL = 0.2  # share of RM's rows that follow the paper's law of trajectories (revision_states)
 TRAINING = dict(batch_size=16, learning_rate=2e-3)
 TEST_SEED = 1_000_000  # of the held-out scenes
 
@@ -505,10 +507,11 @@ class PromptHistory(HistoryReference):
 def revision_states(source: Tensor, target: Tensor, generator: torch.Generator, T: int = 6) -> tuple[Tensor, Tensor]:
     """Trajectories from source to target, int64 [T+1, B, P], and the turn to train on, int64 [B].
 
-    The wrong token is the source's wherever it differs from the target's.  Half of the rows follow the paper's law,
-    every pixel on its own clock.  The other half is what decoding looks like: the whole edit is re-masked in turn 1
-    (a tenth of its pixels later), then revealed piece by piece.  In some rows a few pixels outside the edit are
-    masked, too, so that the model can put back what it masked without need.
+    The wrong token is the source's wherever it differs from the target's.  A fifth of the rows follow the paper's law,
+    every pixel on its own clock.  The others are what decoding looks like: the whole edit is re-masked in turn 1
+    (a tenth of its pixels later), then revealed piece by piece; of these, half stand at turn 0, where nothing tells
+    yet where the edit will be, and a third at turn 1, where nothing of it is revealed.  In some rows a few pixels
+    outside the edit are masked, too, so that the model can put back what it masked without need.
     """
     rand = partial(torch.rand, generator=generator, device=source.device)
     batch, region = len(source), source != target
@@ -521,11 +524,9 @@ def revision_states(source: Tensor, target: Tensor, generator: torch.Generator, 
     revealed = masked + 1 + (rand(source.shape) * (T - masked)).long()
     together = torch.where(step < masked, source, torch.where(step < revealed, MASK, target))
     together = torch.where(changed, together, target)
-    half = rand(batch, 1) < 0.5
-    turn = (rand(batch) * T).long()
-    # Where to look and what to fill in from nothing are the hard parts: half of these rows stand at turn 0 or 1.
-    turn = torch.where(half[:, 0] & (rand(batch) < 0.5), turn % 2, turn)
-    return torch.where(half, together, law), turn
+    lawful, turn, draw = rand(batch, 1) < LAWFUL, (rand(batch) * T).long(), rand(batch)
+    early = torch.where(draw < 0.5, 0, torch.where(draw < 0.83, 1, turn))
+    return torch.where(lawful, law, together), torch.where(lawful[:, 0], turn, early)
 
 
 def sample_batch(
@@ -800,20 +801,24 @@ def decodings_of(method: str) -> dict[str, Decoding]:
 
 def print_table(rows: dict[str, dict]) -> None:
     """The paper's table beside ours: label -> record."""
-    head = ("exact % (95 %)", "prec. %", "cover. %", "MAE", "PSNR med.", "mean", "inf. %", "SSIM", "turns")
-    print(f"\n{'':36}" + f"{head[0]:>22}" + "".join(f"{name:>10}" for name in head[1:]))
+    heads = ("prec. %", "cover. %", "MAE", "PSNR med.", "mean", "inf. %", "SSIM", "turns")
+    print(f"\n{'':36}{'exact % (95 %)':>22}" + "".join(f"{head:>10}" for head in heads))
     for label, (precision, coverage, mae, psnr, ssim) in PAPER.items():
-        print(f"{'paper (photographs), ' + label:36}{'':22}{precision:>10.2f}{coverage:>10.2f}{mae:>10.3f}"
-              f"{'':10}{psnr:>10.2f}{'':10}{ssim:>10.4f}")
+        cells = (f"{precision:.2f}", f"{coverage:.2f}", f"{mae:.3f}", "", f"{psnr:.2f}", "", f"{ssim:.4f}")
+        print(f"{'paper (photographs), ' + label:36}{'':22}" + "".join(f"{cell:>10}" for cell in cells))
+
+    def text(value: float | str | None, form: str) -> str:
+        return "-" if value is None else value if isinstance(value, str) else f"{value:{form}}"
+
     for label, row in rows.items():
         low, high = (100 * bound for bound in row["ci95_exact"])
-        mean = {key: math.nan if row[key]["mean"] is None else row[key]["mean"]
-                for key in ("precision", "coverage", "mae", "psnr", "ssim")}
-        median = row["psnr"]["median"]
-        print(f"{label:36}{100 * row['exact']:>7.1f}{f'({low:.1f} to {high:.1f})':>15}{100 * mean['precision']:>10.2f}"
-              f"{100 * mean['coverage']:>10.2f}{mean['mae']:>10.3f}{median if isinstance(median, str) else f'{median:.1f}':>10}"
-              f"{mean['psnr']:>10.2f}{100 * row['psnr']['infinite'] / row['n']:>10.1f}{mean['ssim']:>10.4f}"
-              f"{row['mean_turns']:>7.1f}")
+        mean = {key: row[key]["mean"] for key in ("precision", "coverage", "mae", "psnr", "ssim")}
+        cells = [text(None if mean[key] is None else 100 * mean[key], ".2f") for key in ("precision", "coverage")]
+        cells += [text(mean["mae"], ".3f"), text(row["psnr"]["median"], ".1f"), text(mean["psnr"], ".2f")]
+        cells += [f"{100 * row['psnr']['infinite'] / row['n']:.1f}", text(mean["ssim"], ".4f")]
+        cells += [f"{row['mean_turns']:.1f}"]
+        exact = f"{100 * row['exact']:>7.1f}{f'({low:.1f} to {high:.1f})':>15}"
+        print(f"{label:36}{exact}" + "".join(f"{cell:>10}" for cell in cells))
     for label, row in rows.items():
         print(f"{label:36}exact % by verb: " +
               ", ".join(f"{verb} {100 * part['exact']:.1f}" for verb, part in row["by_verb"].items()))
@@ -830,15 +835,17 @@ def training_run(model: Editor, method: str, pool: Pairs, args, steps: int, **ch
     gamma, rotate, dropout = METHODS[method]
     dropout = dropout if args.dropout is None or method == "base" else args.dropout
     sample = partial(sample_batch, pool=pool, codec=model.codec, method=method, dropout=dropout)
-    settings = TRAINING | dict(gamma=gamma, rotate=rotate, precision=args.precision, compile=args.compile, seed=args.seed)
+    settings = TRAINING | dict(gamma=gamma, rotate=rotate, seed=args.seed)
+    settings |= dict(precision=args.precision, compile=args.compile)
     return rm.train(model, sample, steps, MASK, **(settings | changes))
 
 
 def measured_steps(minutes: float, codec: Codec, pool: Pairs, args) -> int:
-    """How many steps of RM fit the time here: 20 steps of a throw-away model are timed after 5 to warm up."""
+    """How many steps of RM fit the time here, an even number: times 20 steps of a throw-away model after 5."""
     run = training_run(Editor(codec).to(args.device), "rm", pool, args, 25)
     seconds = [stats["seconds"] for _, stats in run]
-    steps = torch.tensor(max(1, int(minutes * 60 * 20 / (seconds[-1] - seconds[4]))), device=args.device)
+    steps = max(2, 2 * int(minutes * 60 * 10 / (seconds[-1] - seconds[4])))
+    steps = torch.tensor(steps, device=args.device)
     if rm.dist.is_initialized():  # every process has to make the same number
         rm.dist.broadcast(steps, 0)
     return int(steps)
@@ -851,6 +858,16 @@ def require_same(settings: dict, found: dict, path: Path) -> None:
         raise InputError(f"{path} was made with {other}: use another --out, or delete it")
 
 
+def read_checkpoint(path: Path, device: torch.device) -> tuple[MaskDiffusionTransformer, dict]:
+    try:
+        network, record = rm.load_checkpoint(path, "image", device)
+        if not {"codec", "method", "gamma", "rotate"} <= record.keys():
+            raise ValueError(f"{path} does not say its codec, method, gamma and rotate")
+        return network, record
+    except ValueError as error:
+        raise InputError(str(error)) from None
+
+
 def train_method(method: str, steps: int, pool: Pairs, codec: Codec, args) -> tuple[Editor, dict]:
     """Trains, resumes or reads back one method; all but base start from OUT/base.pt.  Writes OUT/<method>.pt.
 
@@ -859,10 +876,12 @@ def train_method(method: str, steps: int, pool: Pairs, codec: Codec, args) -> tu
     path, main = args.out / f"{method}.pt", rm.is_main_process()
     keys = ("seed", "pool", "precision", "dropout")
     settings = {key: getattr(args, key) for key in keys} | {"pairs": args.pairs.name if args.pairs else None}
+    if method == "base":
+        steps = math.ceil(BASE_STEPS * steps)
     if args.steps:
         settings["steps"] = steps
     if path.exists():
-        network, record = rm.load_checkpoint(path, "image", args.device)
+        network, record = read_checkpoint(path, args.device)
         require_same(settings, record["settings"], path)
         if main:
             print(f"{path} is there, {method} is done")
@@ -870,7 +889,7 @@ def train_method(method: str, steps: int, pool: Pairs, codec: Codec, args) -> tu
     torch.manual_seed(args.seed)
     model = Editor(codec).to(args.device)
     if method != "base":
-        model = Editor(codec, rm.load_checkpoint(args.out / "base.pt", "image", args.device)[0]).train()
+        model = Editor(codec, read_checkpoint(args.out / "base.pt", args.device)[0]).train()
     resume, curve = path.with_suffix(".resume.pt"), []
     if resume.exists():
         notes = torch.load(resume, map_location="cpu", weights_only=True)["notes"]
@@ -887,8 +906,9 @@ def train_method(method: str, steps: int, pool: Pairs, codec: Codec, args) -> tu
             curve.append({"step": step, "minutes": stats["seconds"] / 60, **mean})
             left = stats["seconds"] / step * (steps - step)
             losses = f"reveal {mean['reveal']:.4f} re-mask {mean['remask']:.4f} keep {mean['keep']:.4f}"
+            losses += f" {left // 60:.0f}:{left % 60:02.0f} left"
             if main:
-                print(f"{method} step {step}/{steps} loss: {losses} {left // 60:.0f}:{left % 60:02.0f} left", flush=True)
+                print(f"{method} step {step}/{steps} loss: {losses}", flush=True)
             mean = dict.fromkeys(mean, 0.0)
     gamma, rotate, dropout = METHODS[method]
     record = {"method": method, "gamma": gamma, "rotate": rotate, "steps": steps, "minutes": stats["seconds"] / 60}
@@ -919,8 +939,10 @@ def load_pairs(args) -> tuple[Pairs, Pairs, Codec]:
         return pool, scene_pairs(args.n, TEST_SEED, test=True)[0], codec
     pool, codec, same = read_pairs(args.pairs, most=args.pool)
     test, _, same_test = read_pairs(args.test, codec, most=args.n)
-    print(f"{len(pool.source)} training and {len(test.source)} test pairs ({same} and {same_test} left out, no change); "
-          f"{len(codec.palette)} colours, {len(codec.words)} words, {codec.height}x{codec.width} pixels")
+    print(
+        f"{len(pool.source)} training and {len(test.source)} test pairs ({same} and {same_test} left out, no change); "
+        f"{len(codec.palette)} colours, {len(codec.words)} words, {codec.height}x{codec.width} pixels"
+    )
     return pool, test, codec
 
 
@@ -928,10 +950,12 @@ def train_all(args) -> dict:
     """The bare command: trains what is not done yet, evaluates every row, writes the table and the gallery."""
     pool, test, codec = load_pairs(args)
     pool = pool.to(args.device)
-    steps = args.steps or (None if (args.out / "base.pt").exists() else 0)
-    if steps is None:  # as many as the finished base model had
-        steps = rm.load_checkpoint(args.out / "base.pt", "image")[1]["steps"]
-    steps = steps or measured_steps(args.minutes / len(args.methods), codec, pool, args)
+    if args.steps:
+        steps = args.steps
+    elif (args.out / "base.pt").exists():  # a run that goes on
+        steps = round(read_checkpoint(args.out / "base.pt", args.device)[1]["steps"] / BASE_STEPS)
+    else:
+        steps = measured_steps(args.minutes / (len(args.methods) - 1 + BASE_STEPS), codec, pool, args)
     rows, training, shown = {}, {}, {}
     for method in args.methods:
         model, record = train_method(method, steps, pool, codec, args)
@@ -993,10 +1017,11 @@ def draw_gallery(path: Path, codec: Codec, pairs: Pairs, shown: dict, most: int 
     picks.sort(key=lambda i: pairs.verbs[i])
     tokens, masked = shown[ours]
     heads = ["source", f"re-masked by {ours}", *shown, "target", f"error of {ours}"]
-    fig, axes = plt.subplots(len(picks), len(heads), figsize=(1.5 * len(heads), 1.75 * len(picks)), squeeze=False,
-                             layout="constrained")
+    size = (1.5 * len(heads), 1.75 * len(picks))
+    fig, axes = plt.subplots(len(picks), len(heads), figsize=size, squeeze=False, layout="constrained")
     for row, i in zip(axes, picks):
-        images = [codec.decode_image(t).numpy() for t in (pairs.source[i], *(s[0][i] for s in shown.values()), pairs.target[i])]
+        states = (pairs.source[i], *(edited[i] for edited, _ in shown.values()), pairs.target[i])
+        images = [codec.decode_image(state).numpy() for state in states]
         images.insert(1, show_mask(codec, pairs.source[i], masked[i]))
         wrong = codec.decode_image(tokens[i]).float() - codec.decode_image(pairs.target[i]).float()
         for axis, image in zip(row, images):
@@ -1004,7 +1029,7 @@ def draw_gallery(path: Path, codec: Codec, pairs: Pairs, shown: dict, most: int 
         row[-1].imshow(wrong.norm(dim=-1).numpy(), cmap="inferno", vmin=0, vmax=255)
         for axis in row:
             axis.set(xticks=[], yticks=[])
-        row[0].set_title(pairs.texts[i], fontsize=8, loc="left")
+        row[0].set_title(pairs.texts[i], fontsize=8, loc="left").set_in_layout(False)
     for axis, head in zip(axes[-1], heads):
         axis.set_xlabel(head, fontsize=8)
     save_figure(fig, path)
@@ -1017,14 +1042,16 @@ def animate(path: Path, codec: Codec, trace: Tensor) -> None:
 
     scale = max(1, 256 // max(codec.height, codec.width))
     frames = [Image.fromarray(image.numpy()) for image in codec.decode_image(trace)]
-    frames = [frame.resize((codec.width * scale, codec.height * scale), Image.Resampling.NEAREST) for frame in frames]
+    size = (codec.width * scale, codec.height * scale)
+    frames = [frame.resize(size, Image.Resampling.NEAREST) for frame in frames]
     path.parent.mkdir(parents=True, exist_ok=True)
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=[1200] + [500] * (len(frames) - 2) + [2000], loop=0)
+    durations = [500] * (len(frames) - 1) + [2000]
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=durations, loop=0)
     print(f"wrote {path}")
 
 
 def edit_file(args, model: Editor, record: dict) -> dict:
-    """--image: edits one file; writes OUT.png, the side-by-side picture OUT_steps.png and, when asked, the animation."""
+    """--image: edits one file; writes OUT.png, side by side OUT_steps.png and, when asked, the animation."""
     from PIL import Image
 
     codec, image = model.codec, read_png(args.image)
@@ -1058,52 +1085,57 @@ def edit_file(args, model: Editor, record: dict) -> dict:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Reflective Masking on images: edit small palette images by instructions, in place. Without arguments: "
-        "train the base model, the baselines and RM on our own scenes, evaluate them on held-out ones, draw a gallery.",
+        description="Reflective Masking on images: edit small palette images by instructions, in place. Without "
+        "arguments: train the base model, the baseline and RM on our own scenes, evaluate on held-out ones, draw.",
     )
     add = parser.add_argument_group("what to do (default: train)").add_mutually_exclusive_group().add_argument
     add("--evaluate", action="store_true", help="score --checkpoint on held-out scenes, or on --test")
     add("--image", type=Path, metavar="IN.png", help="edit this file by --instruction, write it to --out OUT.png")
     add = parser.add_argument_group("data").add_argument
-    add("--pairs", type=Path, metavar="DIR", help="train on DIR/pairs.jsonl instead of our scenes; palette and words from it")
+    add("--pairs", type=Path, metavar="DIR", help="train on DIR/pairs.jsonl; palette and words come from it")
     add("--test", type=Path, metavar="DIR", help="test on DIR/pairs.jsonl; an unknown word is an error")
     add("--pool", type=int, default=40_000, help="training pairs at most (default 40000)")
     add("--n", type=int, default=1000, help="test pairs at most (default 1000)")
     add = parser.add_argument_group("training").add_argument
     add("--methods", nargs="+", choices=METHODS, default=["base", "sft", "rm", "history"], metavar="M",
         help=f"which of {', '.join(METHODS)} (default: all but guided); base is always first")
-    add("--minutes", type=float, default=20, help="training of all methods together (default 20; the evaluation adds to it)")
-    add("--steps", type=int, help="train each method exactly this many steps instead")
-    add("--dropout", type=float, help="share of instructions and sources dropped in training, of all but base")
+    add("--minutes", type=float, default=20, help="training of all methods together (default 20), without evaluation")
+    add("--steps", type=int, help="train each method exactly this many steps instead, base half as many")
+    add("--dropout", type=float, help="share of instructions and sources dropped, of all but base")
     add("--precision", choices=["bf16", "float32"], help="default bf16 where the processor has it")
     add("--compile", action="store_true", help="torch.compile the network (needs a C++ compiler on CPU)")
     add = parser.add_argument_group("editing (--evaluate, --image)").add_argument
     add("--checkpoint", type=Path, default=HERE / "checkpoints/image_rm.pt", help="default: the shipped one")
     add("--instruction", metavar="TEXT", help="what to do with --image")
-    add("--decode", choices=["two-phase", "loop"], default="two-phase", help="the paper's two phases, or Eq. 1 until it rests")
+    add("--decode", choices=["two-phase", "loop"], default="two-phase", help="two phases, or Eq. 1 until it rests")
     add("--mask-steps", type=int, default=8, help="first phase, at most (default 8)")
     add("--reveal-steps", type=int, default=8, help="second phase (default 8)")
     add("--max-turns", type=int, default=16, help="of the loop (default 16)")
-    add("--threshold", type=float, default=0.0, help="re-mask only where p(M) is above this, too (paper: 0.9; default 0)")
+    add("--threshold", type=float, default=0.0, help="re-mask only where p(M) > this, too (paper 0.9; default 0)")
     add("--guidance", type=float, default=1.0, help="classifier-free guidance of the instruction (default 1: none)")
     add("--image-guidance", type=float, default=1.0, help="the same of the source")
     add("--gif", type=Path, metavar="FILE", help="with --image: write the turns as an animation")
     add = parser.add_argument_group("general").add_argument
     add("--seed", type=int, default=0, help="of training data, first weights and batches; --evaluate: of the scenes")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
-    add("--out", type=Path, help="folder of the files (default runs/image, with --smoke runs/smoke); with --image the PNG")
+    add("--out", type=Path, help="with --image the PNG; else a folder (default runs/image, with --smoke runs/smoke)")
     add("--json", type=Path, metavar="FILE", help="also write the result as JSON")
     add("--smoke", action="store_true", help="everything tiny, in seconds, to see that it runs")
     args = parser.parse_args()
     training = ["pool", "methods", "minutes", "steps", "dropout", "precision", "compile", "pairs"]
-    editing = ["checkpoint", "decode", "mask_steps", "reveal_steps", "max_turns", "threshold", "guidance", "image_guidance"]
+    editing = ["checkpoint", "decode", "mask_steps", "reveal_steps", "max_turns", "threshold"]
+    editing += ["guidance", "image_guidance"]
     mode = "--image" if args.image else "--evaluate" if args.evaluate else "training"
-    unused = {"--image": training + ["test", "n", "seed", "smoke"], "--evaluate": training + ["instruction", "gif", "smoke"],
-              "training": editing + ["instruction", "gif"]}[mode]
+    unused = {
+        "--image": training + ["test", "n", "seed", "smoke"],
+        "--evaluate": training + ["instruction", "gif", "smoke"],
+        "training": editing + ["instruction", "gif"],
+    }[mode]
     unused += ["mask_steps", "reveal_steps"] if args.decode == "loop" else ["max_turns"]
     for name in unused:  # an option that would be ignored is an error
         if getattr(args, name) != parser.get_default(name):
-            parser.error(f"--{name.replace('_', '-')} has no effect with {mode}" + " --decode loop" * (args.decode == "loop"))
+            loop = " --decode loop" * (args.decode == "loop")
+            parser.error(f"--{name.replace('_', '-')} has no effect with {mode}{loop}")
     if args.image and (not args.instruction or not args.out or args.out.suffix.lower() != ".png"):
         parser.error("--image needs --instruction TEXT and --out OUT.png")
     if mode == "training" and bool(args.pairs) != bool(args.test):
@@ -1130,14 +1162,6 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
-def load_editor(args) -> tuple[Editor, dict]:
-    try:
-        network, record = rm.load_checkpoint(args.checkpoint, "image", args.device)
-        return Editor(Codec(**record["codec"]), network).eval(), record
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{args.checkpoint}: {error}" if isinstance(error, KeyError) else str(error)) from None
-
-
 def main() -> None:
     args = parse_arguments()
     try:
@@ -1148,9 +1172,11 @@ def main() -> None:
     if rm.dist.is_initialized() and (args.evaluate or args.image):
         raise InputError("torchrun is for training; run this with one process")
     if args.image:
-        result = edit_file(args, *load_editor(args))
+        network, record = read_checkpoint(args.checkpoint, args.device)
+        result = edit_file(args, Editor(Codec(**record["codec"]), network).eval(), record)
     elif args.evaluate:
-        model, record = load_editor(args)
+        network, record = read_checkpoint(args.checkpoint, args.device)
+        model = Editor(Codec(**record["codec"]), network).eval()
         if args.test:
             pairs = read_pairs(args.test, model.codec, args.n)[0]
         else:
