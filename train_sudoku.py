@@ -664,7 +664,7 @@ def study_training(name: str, choices: dict[str, tuple[str, dict]], args) -> dic
     return study
 
 
-GAMMAS = (0.0, 0.3, 0.5, 0.7, 0.9, 1.0)
+GAMMAS = (0.0, 0.4, 0.7, 0.9, 1.0)
 STUDIES = {
     "turns": lambda args: study_turns(*args.model, args),
     "severity": lambda args: study_severity(*args.model, args),
