@@ -249,6 +249,20 @@ def revision_loss(
     return revision_cross_entropy(logits, target, role, weights, head, impl)
 
 
+def weighed_reveal_loss(
+    logits: Tensor, target: Tensor, role: Tensor, position_weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The loss of plain mask diffusion: the mean over the masked positions of weight times cross-entropy.
+
+    position_weight: float, target's shape; LLaDA's is 1/t, t the share of masked positions.  Everything else, and what
+    is returned, as for revision_loss, with zeros for re-mask and keep.
+    """
+    masked = role == REVEAL
+    loss = F.cross_entropy(_wide(logits[masked]), target[masked], reduction="none")
+    total = (loss * position_weight[masked]).sum() / max(loss.numel(), 1)
+    return total, total.detach(), total.new_zeros(()), total.new_zeros(())
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # 4. Synthetic revision trajectories
 
@@ -380,6 +394,7 @@ def revise(
     rule: Callable[..., Tensor] | None = None,
     head: Tensor | None = None,
     impl: str | None = None,
+    remask_limit: int | None = None,
 ) -> Revision:
     """Revises until nothing changes: at every turn Eq. 2 (history), one forward pass (denoiser), Eq. 1 (decide).
 
@@ -391,6 +406,7 @@ def revise(
     rule: a baseline's rule in the place of Eq. 1, with decide's first parameters.
     head: the output weight [V, D]; denoiser then returns hidden states [B, N, D], and the logits of all positions are
     never formed.  impl: of decide; history has its own.
+    remask_limit: re-masks of one position at most (6 in the released text code); None: no limit.
 
     A sequence ends, leaves the batch and gets its status when
       FIXED_POINT   the turn changed nothing.  With history the memory still changes after that, so a later
@@ -416,10 +432,15 @@ def revise(
     result, turns, status = tokens.clone(), [0] * batch, [OUT_OF_TURNS] * batch
     states = [result.clone()]
     running = torch.arange(batch, device=tokens.device)  # the rows of the batch still at work
+    remasked = torch.zeros_like(tokens)  # how often each position was, for remask_limit
     returns: list[dict[bytes, int]] = [{key: 0} for key in _row_keys(tokens)]  # how often each state came back
     for turn in range(1, max_turns + 1):
         logits = denoiser(history.push(tokens))  # Eq. 2 and the network; with head, these are hidden states
         following = (rule or eq1)(logits, tokens, mask_id, editable=free, reveal=reveal)  # Eq. 1
+        if remask_limit is not None:
+            doubted = (tokens != mask_id) & (following == mask_id)
+            following = torch.where(doubted & (remasked >= remask_limit), tokens, following)
+            remasked = remasked + doubted
         settled = (following == tokens).all(-1).tolist()
         ends = torch.zeros(len(running), dtype=torch.bool)
         for i, (row, key) in enumerate(zip(running.tolist(), _row_keys(following))):
@@ -444,6 +465,7 @@ def revise(
         if ends.any():
             history.keep(~ends)
             following, free, running = following[~ends], free[~ends], running[~ends]
+            remasked = remasked[~ends]
         tokens = following
     return Revision(result, turns, status, torch.stack(states) if trace else None)
 
@@ -457,8 +479,9 @@ def _row_keys(tokens: Tensor) -> list[bytes]:
 # 6. Training
 
 # A batch: states int64 [K, B, N] oldest first with ABSENT where a history is shorter (history_until), clean int64
-# [B, N], editable bool [B, N] or None: the positions that have a loss.
-Batch = tuple[Tensor, Tensor, Tensor | None]
+# [B, N], editable bool [B, N] or None: the positions that have a loss.  With a fourth element, float [B, N], the masked
+# positions alone have a loss, weighed by it (weighed_reveal_loss).
+Batch = tuple[Tensor, Tensor, Tensor | None] | tuple[Tensor, Tensor, Tensor | None, Tensor]
 
 MUON_FACTOR = 8  # Muon's learning rate over AdamW's: an update of Muon has about the spectral norm 1
 
@@ -555,10 +578,13 @@ def train(
     for step in range(start, steps):
         began = time.perf_counter()
         generator.manual_seed(seed * 1_000_003 + step)
-        states, clean, editable = sample(batch_size, generator)
+        states, clean, editable, *more = sample(batch_size, generator)
         states, clean = states[:, rank::world], clean[rank::world]
+        position_weight = more[0][rank::world] if more else None
         editable = None if editable is None else editable[rank::world]
         if own_states:
+            if position_weight is not None:
+                raise ValueError("train: a batch with weights of positions cannot be combined with own_states")
             if len(states) > window:
                 raise ValueError(f"train: window {window} is shorter than the history of {len(states)} states")
             absent = states.new_full((window - len(states), *clean.shape), ABSENT)
@@ -571,7 +597,10 @@ def train(
                 editable = torch.where(goes_on, carried["editable"], editable)
         target, role = oracle(states[-1], clean, mask_id, editable)
         logits = forward(states)
-        total, reveal, remask, keep = revision_loss(logits, target, role, weights)
+        if position_weight is None:
+            total, reveal, remask, keep = revision_loss(logits, target, role, weights)
+        else:
+            total, reveal, remask, keep = weighed_reveal_loss(logits, target, role, position_weight)
         for optimizer in optimizers:
             optimizer.zero_grad()
         objective = total
