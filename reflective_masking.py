@@ -34,7 +34,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from history import ABSENT, HistoryReference, history_embedding, rotate_pairs
+from history import ABSENT, HistoryReference, history_embedding
 from kernels import IGNORE, KEEP, REMASK, REVEAL, Decision  # IGNORE: the role of a position without a loss
 from kernels import decide_from_hidden, decide_from_logits, revision_cross_entropy
 
@@ -78,13 +78,12 @@ class Block(nn.Module):
         nn.init.zeros_(self.attention_out.weight)  # every block starts as the identity
         nn.init.zeros_(self.feed_forward_out.weight)
 
-    def forward(self, x: Tensor, relation: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, relation: Tensor | None, rotation: Tensor | None = None) -> Tensor:
         batch, length, width = x.shape
         qkv = self.query_key_value(self.attention_norm(x)).view(batch, length, 3, self.heads, -1)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)  # [B, heads, N, D / heads] each
         if self.rotary:
-            index = torch.arange(length, device=x.device).unsqueeze(-1)
-            query, key = rotate_pairs(query, index), rotate_pairs(key, index)
+            query, key = _rotate(query, rotation), _rotate(key, rotation)
         if self.relation_bias is None:
             mixed = F.scaled_dot_product_attention(query, key, value)
         else:
@@ -94,6 +93,13 @@ class Block(nn.Module):
             mixed = (score + self.relation_bias[:, relation]).softmax(-1).to(value.dtype) @ value
         x = x + self.attention_out(mixed.transpose(1, 2).reshape(batch, length, width))
         return x + self.feed_forward_out(self.feed_forward_in(self.feed_forward_norm(x)).relu().square())
+
+
+def _rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    """history.rotate_pairs by cosines and sines at hand: float [2, N, width / 2] of x's last two axes."""
+    cos, sin = rotation.to(x.dtype)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
 
 
 class MaskDiffusionTransformer(nn.Module):
@@ -123,6 +129,12 @@ class MaskDiffusionTransformer(nn.Module):
             self.position = nn.ParameterList(
                 nn.Parameter(torch.randn(int(column.max()) + 1, config.width) * 0.3) for column in coordinates.T
             )
+        if config.positions == "rotary":  # a table: torch.compile would work the angles out for every element
+            width = config.width // config.heads
+            frequency = 10000.0 ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
+            angle = torch.arange(config.length).unsqueeze(-1) * frequency
+            table = torch.stack([angle.cos(), angle.sin()])
+            self.register_buffer("rotation", table.to(torch.get_default_dtype()), persistent=False)
         self.blocks = nn.ModuleList(Block(config, 2**axes if axes > 1 else 0) for _ in range(config.layers))
         self.norm = nn.RMSNorm(config.width)
         self.head = nn.Linear(config.width, config.vocabulary, bias=False)
@@ -135,8 +147,9 @@ class MaskDiffusionTransformer(nn.Module):
             )
         if self.config.positions == "learned":
             x = x + sum(table[axis[:length]] for table, axis in zip(self.position, self.coordinates.T))
+        rotation = self.rotation[:, :length] if self.config.positions == "rotary" else None
         for block in self.blocks:
-            x = block(x, self.relation[:length, :length])
+            x = block(x, self.relation[:length, :length], rotation)
         return self.head(self.norm(x))
 
 
