@@ -648,7 +648,7 @@ def decode(model, info: dict, rows: Tensor, passes: int, args, chunk: int = 256)
         results.append(rm.revise(
             denoiser, part, MASK, history, passes, trace=True, reveal=reveal,
             editable=torch.arange(part.shape[1], device=device) >= part.shape[1] - length,
-            rule=partial(rm.decide, allow_remask=False) if low_confidence else rm.decide,
+            rule=partial(rm.decide, allow_remask=False) if low_confidence else None,
             remask_limit=None if low_confidence else args.remask_limit,
         ))
     return results
