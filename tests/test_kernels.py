@@ -153,6 +153,28 @@ def test_decide_from_hidden(monkeypatch, path, vocabulary, width):
             assert_decision(decision, decide_oracle(hidden @ head.T, tokens, mask_id), tokens)
 
 
+@pytest.mark.parametrize("path", ["logits torch", pytest.param("logits triton", marks=needs_triton), *PATHS])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_decisions_are_those_of_float64_wherever_the_gap_exceeds_rounding(monkeypatch, path, dtype):
+    hidden, head, mask_id = torch.randn(48, 64).to(dtype), torch.randn(300, 64).to(dtype), 7
+    exact = hidden.double() @ head.double().T
+    tokens = some_tokens("mixed", 48, 300, mask_id)
+    masked = tokens == mask_id
+    if path.startswith("logits"):
+        got = decide_from_logits(*away(exact.to(dtype), tokens), mask_id, impl=path.split()[1])
+    else:
+        keywords = hidden_paths(monkeypatch, path)
+        keywords |= {"max_masked": 48} if "max_masked" in keywords else {}
+        got = decide_from_hidden(*away(hidden, head, tokens), mask_id, **keywords)
+    others = exact.index_fill(1, torch.tensor(mask_id), -INF).topk(2).values
+    own = exact.gather(1, tokens.unsqueeze(1)).squeeze(1)
+    gap = torch.where(masked, others[:, 0] - others[:, 1], (exact[:, mask_id] - own).abs())
+    clear = gap > exact.abs().amax(1) * (2**-7 if dtype == torch.bfloat16 else 1e-5)
+    expected = torch.tensor([o[3] for o in decide_oracle(exact, tokens, mask_id)])
+    assert clear.sum() > 24 and (clear & masked).any() and (clear & ~masked & (expected == mask_id)).any()
+    assert torch.equal(got.following.cpu()[clear], expected[clear])
+
+
 @pytest.mark.parametrize("path", PATHS)
 def test_hidden_with_leading_axes_and_strides(monkeypatch, path):
     keywords = hidden_paths(monkeypatch, path)
