@@ -198,12 +198,11 @@ def _collapse(top, best, rest):  # the states of the columns of a tile [R, C], i
 
 
 @jit
-def _reveal(top, best, rest, mask_id):  # (best, -log1p(rest)) of a finished state
+def _log_p(top, rest):  # -log1p(rest), the log-probability of best
     # Below 0.03 a series (relative error 1e-9): log(1 + rest) would lose what makes confidences differ.
     series = rest * (1.0 - rest * (0.5 - rest * (1.0 / 3.0 - rest * (0.25 - rest * 0.2))))
     log1p = tl.where(rest < 0.03, series, tl.log(1.0 + rest))
-    best = tl.where(top == -float("inf"), tl.where(mask_id == 0, 1, 0), best)
-    return best, tl.where(top > -float("inf"), -log1p, float("nan"))  # NaN for a row of -inf, and for a NaN
+    return tl.where(top > -float("inf"), -log1p, float("nan"))  # NaN for a row of -inf, and for a NaN
 
 
 @jit
@@ -247,8 +246,9 @@ def _decide_kernel(
     best, confidence = token, tl.full([ROWS], -float("inf"), tl.float32)
     if tl.max(masked.to(tl.int32), 0) > 0:
         top, first, rest = _scan(line, masked, vocabulary, mask_id, stride_v, ROWS, COLUMNS)
-        first, log_p = _reveal(top, first, rest, mask_id)
-        best, confidence = tl.where(masked, first, token), tl.where(masked, log_p, confidence)  # Eq. 1, third line
+        first = tl.where(top == -float("inf"), tl.where(mask_id == 0, 1, 0), first)
+        best = tl.where(masked, first, token)  # Eq. 1, third line
+        confidence = tl.where(masked, _log_p(top, rest), confidence)
     tl.store(best_out + row, best, mask=inside)
     tl.store(confidence_out + row, confidence, mask=inside)
     tl.store(remask_out + row, remask, mask=inside)
@@ -403,9 +403,9 @@ def _reveal_kernel(
     best = tl.load(best_in + at, mask=use, other=NO_TOKEN)
     rest = tl.load(rest_in + at, mask=use, other=0.0)
     top, best, rest = _collapse(top, best, rest)
-    best, log_p = _reveal(top, best, rest, mask_id)
+    best = tl.where(top == -float("inf"), tl.where(mask_id == 0, 1, 0), best)
     tl.store(best_out + row, best, mask=wanted)
-    tl.store(confidence_out + row, log_p, mask=wanted)
+    tl.store(confidence_out + row, _log_p(top, rest), mask=wanted)
 
 
 def _remask_triton(hidden: Tensor, head: Tensor, tokens: Tensor, mask_id: int, visible: Tensor) -> Tensor:
@@ -755,8 +755,7 @@ def _nll_kernel(
     counted = tl.load(role + row, mask=inside, other=-1) >= 0
     line = logits + (row // length) * stride_b + (row % length) * stride_n
     top, best, rest = _scan(line, counted, vocabulary, -1, stride_v, ROWS, COLUMNS)
-    best, log_p = _reveal(top, best, rest, -1)
-    lse = tl.where(top == float("inf"), float("nan"), top - log_p)  # +inf - inf: NaN, as in torch
+    lse = tl.where(top == float("inf"), float("nan"), top - _log_p(top, rest))  # +inf - inf: NaN, as in torch
     goal = tl.load(target + row, mask=inside, other=0).to(tl.int64)
     fits = counted & (goal >= 0) & (goal < vocabulary)
     at_goal = tl.load(line + goal * stride_v, mask=fits, other=float("nan")).to(tl.float32)
@@ -939,7 +938,7 @@ class Benchmark:
             timer = triton.testing.do_bench_cudagraph if graph else triton.testing.do_bench
             return {name: timer(form, rep=100, return_mode="median") / 1e3 for name, form in forms.items()}
         times: dict[str, list[float]] = {name: [] for name in forms}
-        for repeat in range(2 if self.smoke else 8):
+        for repeat in range(2 if self.smoke else 6):
             for name, form in forms.items():
                 began = time.perf_counter()
                 form()
@@ -976,7 +975,7 @@ class Benchmark:
             torch._dynamo.reset()
             forms = forms | {f"{name}, compiled": torch.compile(forms[name], dynamic=False) for name in compiled}
         inputs = [make() for _ in range(max(1, min(256, int(150e6 / size) + 1)) if self.cuda else 1)]
-        expected, calls, about = None, {}, {}
+        result, expected, calls, about = None, None, {}, {}
         for name, form in forms.items():
             form, sets = wrap(form), itertools.cycle(inputs)
             try:
@@ -1052,7 +1051,7 @@ def benchmark_decisions(bench: Benchmark, name: str, count: int, vocabulary: int
     }
     for way in bench.impls:
         forms[way] = lambda h, w, t, rows, way=way: decide_from_hidden(h, w, t, mask_id, impl=way).following
-    for masked in (count, count // 4, count // 20, 32):
+    for masked in (count, count // 4, count // 20, 32) if bench.cuda or bench.smoke else (count // 4, count // 20):
         size, moved = (vocabulary + count) * width * item, (vocabulary + 2 * count - masked) * width * item
         bench.table("one turn: decide_from_hidden", f"{name}, {masked} masked", forms,
                     lambda: (torch.randn(count, width, device=device).to(dtype),
@@ -1217,6 +1216,11 @@ def main() -> int:
         name = torch.cuda.get_device_name().replace(" ", "-").lower()
     print(which_path(options.device))
     bench = Benchmark(options.device, options.smoke)
+    if not (cuda or options.smoke):
+        print(f"skipped, for a GPU alone: {', '.join(SHAPES)}, torch.compile, CUDA graphs, 4,096 boards")
+        if options.only is None:  # minutes, and no sparsity to gain
+            del parts["losses"]
+            print("skipped on CPU unless asked for by --only: losses")
     for shape, sizes in (SMOKE_SHAPES if options.smoke else SHAPES if cuda else CPU_SHAPES).items():
         for part, run in parts.items():
             if options.only in (None, part):
@@ -1224,8 +1228,6 @@ def main() -> int:
     for part, run in whole.items():
         if options.only in (None, part):
             run(bench)
-    if not cuda:
-        print(f"\nskipped, for a GPU alone: {', '.join(SHAPES)}, torch.compile, CUDA graphs, 4,096 boards")
     versions = {"python": sys.version.split()[0], "torch": torch.__version__, "triton": triton and triton.__version__}
     results = {
         "device": name, "smoke": options.smoke, "threads": torch.get_num_threads(), "versions": versions,
