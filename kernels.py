@@ -905,14 +905,16 @@ SMOKE_SHAPES = {"small": (96, 300, 32)}
 
 
 class _LargestTensor(TorchDispatchMode):
-    """Records the bytes of the largest tensor that any operation makes."""
+    """Records the bytes of the largest tensor that any operation makes; views make none."""
 
     bytes = 0
 
     def __torch_dispatch__(self, function, types_, args=(), keywords=None):
         result = function(*args, **(keywords or {}))
+        given = {x.untyped_storage().data_ptr() for x in args if isinstance(x, Tensor)}
         for x in result if isinstance(result, (tuple, list)) else (result,):
-            self.bytes = max(self.bytes, x.nbytes if isinstance(x, Tensor) else 0)
+            if isinstance(x, Tensor) and x.untyped_storage().data_ptr() not in given:
+                self.bytes = max(self.bytes, x.nbytes)
         return result
 
 
