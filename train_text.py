@@ -1144,7 +1144,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--tuning-rate", type=float, default=1.5e-3, help="of SFT and RM (default 1.5e-3)")
     add("--prompt-share", type=float, default=0.2, help="rows of the base that mask the prompt too (default 0.2)")
     add("--corruption", type=float, default=0.3, help="share of positions that start wrong (default 0.3)")
-    add("--top-k", type=int, default=8, help="wrong tokens come from the base's k likeliest (default 8)")
+    add("--top-k", type=int, default=4, help="wrong tokens come from the base's k likeliest (default 4)")
     add("--keep-weight", type=float, default=1.0, help="of the keep loss (default 1)")
     add("--second-guess", type=float, default=0.0, help="ours: share of second wrong guesses (default 0)")
     add("--own-states", type=float, default=0.0, help="ours: share that goes on from own decisions (default 0)")
