@@ -271,7 +271,8 @@ def weighed_reveal_loss(
     is returned, as for revision_loss, with zeros for re-mask and keep.
     """
     masked = role == REVEAL
-    loss = F.cross_entropy(_wide(logits[masked]), target[masked], reduction="none")
+    chosen = logits[masked] if logits.dtype == torch.float64 else logits[masked].float()
+    loss = F.cross_entropy(chosen, target[masked], reduction="none")
     total = (loss * position_weight[masked]).sum() / max(loss.numel(), 1)
     return total, total.detach(), total.new_zeros(()), total.new_zeros(())
 
