@@ -1,10 +1,10 @@
-"""Task 2: text.  A small mask diffusion model writes an answer to a prompt, then revises it: nothing says what is wrong.
+"""Task 2: text.  A small mask diffusion model writes an answer to a prompt, then revises it.
 
     python train_text.py                             base, SFT and RM on --task code, 25 minutes of training, table
     python train_text.py --task all --history        the README's run: math, code and choice, RM with history too
     python train_text.py --evaluate                  score the shipped checkpoint
     python train_text.py --ask "solve 3x+5=20"       watch it write and revise
-    python train_text.py --data TRAIN.jsonl --test TEST.jsonl --grader exact      anyone's {"prompt": ..., "answer": ...}
+    python train_text.py --data TRAIN.jsonl --test TEST.jsonl --grader exact    {"prompt": ..., "answer": ...} a line
 
 Reading order: text and tokens, tasks, graders, training data, decoding, evaluation, training, reports, command line.
 A base model learns plain mask diffusion; from it, with the same data and number of steps, come vanilla SFT and RM.
@@ -110,8 +110,11 @@ class Tokenizer:
             kind = "word" if self.words else "character"
             raise InputError(f"{where} has the {kind} {error.args[0]!r}, which the training data lack") from None
 
-    def rows(self, prompts: list[str], answers: list[str] | None = None, where: Callable[[int], str] | None = None) -> Tensor:
-        """int64 [n, prompt_length + answer_length]; without answers their places hold MASK."""
+    def rows(self, prompts: list[str], answers: list[str] | None = None, where: Callable | None = None) -> Tensor:
+        """Prompts, and answers or MASK in their place, as int64 [n, prompt_length + answer_length].
+
+        where: int -> str, how errors name a prompt.
+        """
         where = where or (lambda i: "the prompt")
         rows = torch.full((len(prompts), self.length), PAD)
         for i, prompt in enumerate(prompts):
@@ -853,7 +856,8 @@ def train_variant(variant: str, steps: int | None, problems, tokenizer: Tokenize
     notes = {"steps": steps, "curve": curve, "settings": settings}
     if main:
         print(f"{label}, seed {args.seed}: {steps} steps of {args.batch_size} on {args.device}")
-    run = stage(variant, model, base, pool, tokenizer, args, steps, checkpoint=resume, checkpoint_every=every, notes=notes)
+    saving = dict(checkpoint=resume, checkpoint_every=every, notes=notes)
+    run = stage(variant, model, base, pool, tokenizer, args, steps, **saving)
     for step, stats in run:
         if not main or step % max(1, every // 10) and step < steps:
             continue
@@ -863,7 +867,8 @@ def train_variant(variant: str, steps: int | None, problems, tokenizer: Tokenize
             scores = {f: evaluate(model, info, validation[f], graders[f], passes, args)["accuracy"] for f in validation}
             curve.append({"step": step, "minutes": stats["seconds"] / 60, "passes": passes, **losses, **scores})
         left = stats["seconds"] / step * (steps - step)
-        line = f"step {step}/{steps} loss: reveal {stats['reveal']:.3f} re-mask {stats['remask']:.3f} keep {stats['keep']:.3f}"
+        line = f"step {step}/{steps} loss: "
+        line += " ".join(f"{key} {stats[key]:.3f}" for key in ("reveal", "remask", "keep"))
         if curve:
             shown = " ".join(f"{family} {100 * curve[-1][family]:.1f} %" for family in validation)
             line += f" at {curve[-1]['passes']} passes: {shown}"
@@ -916,14 +921,13 @@ def train_all(args) -> dict:
     """The bare command: every variant that is not done yet, then the tables and the figure."""
     problems = make_problems(args)
     test, validation, train, graders = problems
-    shown = [p for family in (*test.values(), *validation.values()) for p in family]
-    tokenizer = Tokenizer.of(train + [p for p in shown if args.task_given], args.words)
-    if not args.task_given:  # the vocabulary is the training data's; lengths must hold the test prompts too
-        lengths = Tokenizer.of(train + shown, args.words)
-        tokenizer = Tokenizer(tokenizer.symbols, args.words, lengths.prompt_length, lengths.answer_length)
-    for family, rows in test.items():
-        where = lambda i: f"{args.test or family} line {i + 1}"
-        tokenizer.rows([p.prompt for p in rows], where=where)
+    everything = train + [p for family in (*test.values(), *validation.values()) for p in family]
+    tokenizer = Tokenizer.of(everything, args.words)
+    if args.data:  # the vocabulary is the training data's; the lengths hold the test prompts too
+        tokenizer = Tokenizer(
+            Tokenizer.of(train, args.words).symbols, args.words, tokenizer.prompt_length, tokenizer.answer_length
+        )
+        tokenizer.rows([p.prompt for p in test[args.data.stem]], where=lambda i: f"{args.test} line {i + 1}")
     pool = tokenizer.rows([p.prompt for p in train], [p.answer for p in train], lambda i: f"training problem {i + 1}")
     pool = pool.to(args.device)
     variants = ["base", "sft", "rm"] + ["history"] * args.history
@@ -997,12 +1001,13 @@ def print_report(result: dict) -> None:
         counts = sorted({row["passes"] for rows in scores.values() for row in rows[family]})
         print(f"{'forward passes':24}" + "".join(f"{count:>8}" for count in counts))
         for variant, rows in scores.items():
-            print(f"{VARIANTS[variant][0]:24}" + "".join(f"{100 * at(rows[family], c)['accuracy']:>8.1f}" for c in counts))
+            shares_right = [100 * at(rows[family], count)["accuracy"] for count in counts]
+            print(f"{VARIANTS[variant][0]:24}" + "".join(f"{share:>8.1f}" for share in shares_right))
         for variant, differences in result["minus_sft"].items():
             for row in differences[family]:
                 low, high = (100 * bound for bound in row["ci95"])
-                print(f"  {VARIANTS[variant][0]} minus SFT at {row['passes']} passes: {100 * row['difference']:+.1f} points "
-                      f"({low:+.1f} to {high:+.1f}), n = {row['n']}")
+                print(f"  {VARIANTS[variant][0]} minus SFT at {row['passes']} passes: "
+                      f"{100 * row['difference']:+.1f} points ({low:+.1f} to {high:+.1f}), n = {row['n']}")
         for variant in result["minus_sft"]:
             row = at(scores[variant][family], shares["N/4"])
             print(f"  {VARIANTS[variant][0]} at {row['passes']} passes: {row['remasks']:.2f} re-masks an answer, "
@@ -1012,7 +1017,8 @@ def print_report(result: dict) -> None:
         for label, passes in shares.items():
             print(f"\nmath by subject at {label} = {passes} passes, % (in brackets the paper's SFT and RM)")
             for subject in PAPER_SUBJECTS:
-                ours = "".join(f"{100 * at(rows['math'], passes)['subjects'][subject]['accuracy']:>8.1f}" for rows in scores.values())
+                ours = [at(rows["math"], passes)["subjects"][subject]["accuracy"] for rows in scores.values()]
+                ours = "".join(f"{100 * share:>8.1f}" for share in ours)
                 sft, revised = PAPER_SUBJECTS[subject]
                 print(f"{subject:24}{ours}   ({sft:.2f}, {revised:.2f})")
 
@@ -1025,7 +1031,8 @@ def draw_curves(path: Path, result: dict) -> None:
     import matplotlib.pyplot as plt
 
     families = [f for f, rows in result["scores"]["base"].items() if len(rows) > 1] or list(result["scores"]["base"])
-    fig, panels = plt.subplots(1, len(families), figsize=(4.6 * len(families), 3.4), layout="constrained", squeeze=False)
+    size = (4.6 * len(families), 3.4)
+    fig, panels = plt.subplots(1, len(families), figsize=size, layout="constrained", squeeze=False)
     for axes, family in zip(panels[0], families):
         for variant, scores in result["scores"].items():
             rows = scores[family]
@@ -1071,10 +1078,11 @@ def ask(args) -> dict:
     passes = (args.passes or [tokenizer.answer_length])[0]
     (result,) = decode(model, info, rows, passes, args)
     trace = result.trace[:, 0, tokenizer.prompt_length :].tolist()
-    print("_ masked   [_] re-masked in this turn   (x) revealed in this turn   ¶ end   · pad\n" if not sys.stdout.isatty()
-          else "_ masked; amber: re-masked in this turn; green: revealed in this turn; ¶ end; · pad\n")
+    color = sys.stdout.isatty()
+    marks = "amber: re-masked, green: revealed in this turn" if color else "[_] re-masked, (x) revealed in this turn"
+    print(f"_ masked   {marks}   ¶ end   · pad\n")
     for turn, (before, now) in enumerate(zip(trace[:1] + trace, trace)):
-        print(f"turn {turn:2}  {show_state(now, before, tokenizer, sys.stdout.isatty())}")
+        print(f"turn {turn:2}  {show_state(now, before, tokenizer, color)}")
     answer = tokenizer.text(trace[-1])
     print(f"\n{args.ask}\n{answer}\n{result.status[0]} after {result.turns[0]} forward passes")
     return {"prompt": args.ask, "answer": answer, "turns": result.turns[0], "status": result.status[0]}
@@ -1091,8 +1099,8 @@ def evaluate_checkpoint(args) -> dict:
         known = [family for family in info["graders"] if family in TASKS]
         wanted = [args.task] if args.task_given and args.task != "all" else known
         if not known or not set(wanted) <= set(known):
-            raise InputError(f"{args.checkpoint} was trained on {', '.join(info['graders'])}: name the data with --test, "
-                             f"or one of its tasks with --task")
+            families = ", ".join(info["graders"])
+            raise InputError(f"{args.checkpoint} was trained on {families}: name one with --task, or data with --test")
         test = {task: generate(task, args.n, "test", args.test_seed, info["largest"]) for task in wanted}
         if args.grader:
             info["graders"] = dict.fromkeys(wanted, args.grader)
@@ -1144,7 +1152,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--tuning-rate", type=float, default=1.5e-3, help="of SFT and RM (default 1.5e-3)")
     add("--prompt-share", type=float, default=0.2, help="rows of the base that mask the prompt too (default 0.2)")
     add("--corruption", type=float, default=0.3, help="share of positions that start wrong (default 0.3)")
-    add("--top-k", type=int, default=8, help="wrong tokens come from the base's k likeliest (default 8)")
+    add("--top-k", type=int, default=4, help="wrong tokens come from the base's k likeliest (default 4)")
     add("--keep-weight", type=float, default=1.0, help="of the keep loss (default 1)")
     add("--second-guess", type=float, default=0.0, help="ours: share of second wrong guesses (default 0)")
     add("--own-states", type=float, default=0.0, help="ours: share that goes on from own decisions (default 0)")
@@ -1154,7 +1162,7 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument_group("decoding and evaluation").add_argument
     add("--checkpoint", type=Path, default=HERE / "checkpoints/text_rm.pt", help="default: the shipped one")
     add("--passes", type=int, nargs="+", help="forward passes at most (default: N/16 to 2N; with --ask N)")
-    add("--haste", type=float, default=2.0, help="RM reveals this many times faster than needed, then revises (default 2)")
+    add("--haste", type=float, default=2.0, help="RM reveals so many times as fast as it must, then revises (default 2)")
     add("--remask-limit", type=int, help="re-masks of a position at most (default: no limit)")
     add("--test-seed", type=int, default=1, help="of the generated test problems (default 1)")
     add = parser.add_argument_group("general").add_argument
@@ -1174,7 +1182,8 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
     training += "prompt_share corruption top_k keep_weight second_guess own_states own_reveal compile largest "
     training += "validation seed"
     using = args.evaluate or args.ask is not None
-    unused = training.split() + "task test grader n test_seed".split() * (args.ask is not None) if using else ["checkpoint"]
+    asking = "task test grader n test_seed".split() * (args.ask is not None)
+    unused = training.split() + asking if using else ["checkpoint"]
     for name in unused:  # an option that would be ignored is an error
         if getattr(args, name) != parser.get_default(name):
             parser.error(f"--{name.replace('_', '-')} has no effect {'there' if using else 'in training'}")
@@ -1192,11 +1201,12 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
     args.task = args.task or ("code" if not args.data else None)
     args.words = args.words or args.task == "multiply"
     if args.smoke:
-        args.base_steps, args.steps, args.pool, args.n, args.validation, args.passes = 4, 4, 200, 14, 7, args.passes or [1, 3]
+        args.base_steps, args.steps, args.pool, args.n, args.validation = 4, 4, 200, 14, 7
+        args.passes = args.passes or [1, 3]
         args.width, args.layers, args.batch_size = 32, 1, 8
     args.out = args.out or HERE / ("runs/smoke" if args.smoke else "runs/text")
-    positive = "n validation pool batch_size width layers top_k own_reveal minutes learning_rate tuning_rate haste steps "
-    for name in (positive + "base_steps").split():
+    positive = "n validation pool batch_size width layers top_k own_reveal minutes learning_rate tuning_rate haste "
+    for name in (positive + "steps base_steps").split():
         value = getattr(args, name)
         if value is not None and not 0 < value < 1e9:
             parser.error(f"--{name.replace('_', '-')} must be positive")
