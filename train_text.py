@@ -585,9 +585,13 @@ def sample_revision(
     corruption: float = 0.3,
     top_k: int = 8,
     second_guess: float = 0.0,
+    drafts: bool = False,
 ) -> rm.Batch:
     """States of synthetic revisions of the answer; wrong tokens are the frozen base's second choices.
 
+    drafts (ours): the chosen positions start with a draw from the base's top-k by its own probabilities, truth
+    included, so that mistakes are as frequent and as likely as those of a parallel reveal.  Otherwise (the paper) with
+    a token drawn evenly from the top-k without the truth; a model trained on those alone trusts its own best guess.
     corruption: the mean share of positions that start wrong; a row's own share is uniform in 0..2 * corruption, and 0
     in a quarter of the rows, so that the empty answer, where decoding starts, is among the states.
     base: int64 [B, N] -> logits [B, N, V].  It is probed once, with the positions that start wrong masked together with
@@ -599,9 +603,17 @@ def sample_revision(
     share = 2 * corruption * rand(batch_size, 1) * (rand(batch_size, 1) > 0.25) * 4 / 3
     starts_wrong = editable & (rand(clean.shape) < share)
     probed = editable & (starts_wrong | (rand(clean.shape) < rand(batch_size, 1)))
-    wrong = rm.topk_wrong(base(clean.masked_fill(probed, MASK)), clean, MASK, top_k, 2, generator)
+    logits, moving = base(clean.masked_fill(probed, MASK)), editable
+    wrong = rm.topk_wrong(logits, clean, MASK, top_k, 2, generator)
+    if drafts:
+        logits[..., MASK] = -torch.inf
+        likely, tokens = logits.topk(min(top_k, logits.shape[-1] - 1), dim=-1)
+        pick = torch.multinomial(likely.softmax(-1).flatten(0, 1), 1, generator=generator)
+        draft = tokens.gather(-1, pick.view(*clean.shape, 1)).squeeze(-1)
+        moving = editable & ~(starts_wrong & (draft == clean))  # a draw that hits the truth stands, right, throughout
+        wrong = torch.stack([torch.where(draft == clean, wrong[0], draft), wrong[1]])
     states = rm.sample_trajectory(
-        clean, editable, wrong, MASK, T=6, p_wrong=starts_wrong.float(), second_guess=second_guess, generator=generator
+        clean, moving, wrong, MASK, T=6, p_wrong=starts_wrong.float(), second_guess=second_guess, generator=generator
     )
     turn = torch.randint(6, (batch_size,), generator=generator, device=pool.device)
     return rm.history_until(states, turn), clean, editable
@@ -793,6 +805,7 @@ def stage(variant: str, model, base, pool: Tensor, tokenizer: Tokenizer, args, s
         sample = partial(
             sample_revision, pool=pool, prompt_length=tokenizer.prompt_length, corruption=args.corruption,
             base=frozen(base, args.precision, args.compile), top_k=args.top_k, second_guess=args.second_guess,
+            drafts=args.drafts,
         )
         settings |= dict(own_states=args.own_states, rule=partial(rm.decide, reveal=args.own_reveal))
         settings |= dict(weights=(1, 1, args.keep_weight))
@@ -833,7 +846,8 @@ def train_variant(variant: str, steps: int | None, problems, tokenizer: Tokenize
     """
     test, validation, _, graders = problems
     path, main = args.out / f"{name}_{variant}_seed{args.seed}", rm.is_main_process()
-    settings = {key: getattr(args, key) for key in SETTINGS}
+    keys = SETTINGS + REVISION_SETTINGS * (variant in ("rm", "history"))
+    settings = {key: getattr(args, key) for key in keys}
     settings |= {"data": args.data and args.data.name, "test": args.test and args.test.name}
     if path.with_suffix(".json").exists():
         record = json.loads(path.with_suffix(".json").read_text())
@@ -1116,9 +1130,10 @@ def evaluate_checkpoint(args) -> dict:
 # The command line
 
 SETTINGS = (  # what a resumed run must share with the run it goes on from
-    "task minutes steps base_steps batch_size width layers learning_rate tuning_rate corruption top_k keep_weight "
-    "second_guess own_states own_reveal prompt_share pool largest words haste remask_limit precision n passes grader"
+    "task minutes steps base_steps batch_size width layers learning_rate tuning_rate prompt_share pool largest words "
+    "precision n passes grader"
 ).split()
+REVISION_SETTINGS = "corruption top_k drafts keep_weight second_guess own_states own_reveal haste remask_limit".split()
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -1153,6 +1168,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--prompt-share", type=float, default=0.2, help="rows of the base that mask the prompt too (default 0.2)")
     add("--corruption", type=float, default=0.3, help="share of positions that start wrong (default 0.3)")
     add("--top-k", type=int, default=4, help="wrong tokens come from the base's k likeliest (default 4)")
+    add("--drafts", action="store_true", help="ours: wrong tokens as likely as the base makes them, see sample_revision")
     add("--keep-weight", type=float, default=1.0, help="of the keep loss (default 1)")
     add("--second-guess", type=float, default=0.0, help="ours: share of second wrong guesses (default 0)")
     add("--own-states", type=float, default=0.0, help="ours: share that goes on from own decisions (default 0)")
@@ -1179,7 +1195,7 @@ def parse_arguments() -> argparse.Namespace:
 def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Ends with one line and exit code 2 where options contradict each other or lie outside their range."""
     training = "data words pool history minutes base_steps steps batch_size width layers learning_rate tuning_rate "
-    training += "prompt_share corruption top_k keep_weight second_guess own_states own_reveal compile largest "
+    training += "prompt_share corruption top_k drafts keep_weight second_guess own_states own_reveal compile largest "
     training += "validation seed"
     using = args.evaluate or args.ask is not None
     asking = "task test grader n test_seed".split() * (args.ask is not None)
