@@ -394,12 +394,17 @@ TASKS = {  # task -> subject -> templates
 MIXTURE = {"math": 0.5, "code": 0.4, "choice": 0.1}  # of --task all
 
 
+def split_key(prompt: str) -> str:
+    """The part of a prompt that is the problem: a specification of code without its examples."""
+    return prompt.split("|")[0]
+
+
 def split_of(prompt: str) -> str:
     """train, validation or test: a tenth of all prompts each for the last two.
 
     A hash of the prompt decides; of a specification of code the words alone, so that tested programs are new.
     """
-    return {0: "test", 1: "validation"}.get(zlib.crc32(prompt.split("|")[0].encode()) % 10, "train")
+    return {0: "test", 1: "validation"}.get(zlib.crc32(split_key(prompt).encode()) % 10, "train")
 
 
 def generate(task: str, count: int, split: str, seed: int, largest: int) -> list[Problem]:
@@ -673,22 +678,33 @@ def decode(model, info: dict, rows: Tensor, passes: int, args, chunk: int = 256)
 # Evaluation
 
 
-def wilson_interval(successes: int, count: int) -> tuple[float, float]:
-    """The 95 % interval of a share by Wilson's score method."""
-    z, share = 1.959964, successes / count
-    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
-    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    return middle - half, middle + half
+def groups_of(problems: list[Problem]) -> list[int]:
+    """The number of each problem's split_key, equal where the problem is the same with other examples."""
+    numbers: dict[str, int] = {}
+    return [numbers.setdefault(split_key(problem.prompt), len(numbers)) for problem in problems]
 
 
-def paired_bootstrap(ours: str, theirs: str, draws: int = 10_000, seed: int = 0) -> dict:
+def bootstrap_interval(values: list[int], groups: list[int], draws: int = 10_000) -> tuple[float, float]:
+    """The 95 % interval of the mean of values, by resampling whole groups of prompts.
+
+    groups: the number of each value's group.  Prompts that share a specification stand or fall together, so they are
+    drawn together; where every prompt is its own group this is the plain bootstrap.  The same draws for the same groups,
+    so a difference of two models' values (paired by prompt) is a paired bootstrap.
+    """
+    number = torch.tensor(groups)
+    count = torch.zeros(int(number.max()) + 1)
+    total = count.index_add(0, number, torch.tensor(values, dtype=torch.float))
+    count = count.index_add(0, number, torch.ones(len(values)))
+    drawn = torch.randint(len(count), (draws, len(count)), generator=torch.Generator().manual_seed(0))
+    means = total[drawn].sum(-1) / count[drawn].sum(-1)
+    return tuple(means.quantile(torch.tensor([0.025, 0.975])).tolist())
+
+
+def paired_bootstrap(ours: str, theirs: str, groups: list[int]) -> dict:
     """Share right, ours minus theirs ("0" and "1" a prompt, the same prompts): difference and its 95 % interval."""
-    counts = torch.tensor([sum(int(a) - int(b) == d for a, b in zip(ours, theirs)) for d in (-1, 0, 1)])
-    n, generator = len(ours), torch.Generator().manual_seed(seed)
-    # Only how many prompts differ each way matters, so a resample of the prompts is a multinomial draw of three counts.
-    drawn = torch.multinomial(counts / n, n * draws, replacement=True, generator=generator).view(draws, n) - 1
-    low, high = drawn.float().mean(-1).quantile(torch.tensor([0.025, 0.975])).tolist()
-    return {"difference": (counts[2] - counts[0]).item() / n, "ci95": (low, high), "n": n}
+    values = [int(a) - int(b) for a, b in zip(ours, theirs)]
+    interval = bootstrap_interval(values, groups)
+    return {"difference": sum(values) / len(values), "ci95": interval, "n": len(values), "groups": len(set(groups))}
 
 
 def evaluate(model, info: dict, problems: list[Problem], grader: str, passes: int, args) -> dict:
@@ -727,7 +743,7 @@ def evaluate(model, info: dict, problems: list[Problem], grader: str, passes: in
         subjects.setdefault(problem.subject, []).append(verdict)
     score = {
         "accuracy": sum(right) / n,
-        "ci95": wilson_interval(sum(right), n),
+        "ci95": bootstrap_interval(right, groups_of(problems), 2000),
         "n": n,
         "passes": passes,
         "mean_passes": sum(turns) / n,
@@ -965,7 +981,7 @@ def train_all(args) -> dict:
             base, _ = rm.load_checkpoint(args.out / f"{name}_base_seed{args.seed}.pt", "text", args.device)
     if not rm.is_main_process():
         return {}
-    result = report(records, tokenizer.answer_length)
+    result = report(records, test, tokenizer.answer_length)
     print_report(result)
     draw_curves(args.out / f"text_{name}.png", result)
     result["records"] = {v: {k: r[k] for k in ("steps", "minutes", "params", "settings", "provenance", "curve")}
@@ -978,7 +994,7 @@ def train_all(args) -> dict:
 # Reports
 
 
-def report(records: dict[str, dict], length: int) -> dict:
+def report(records: dict[str, dict], test: dict[str, list[Problem]], length: int) -> dict:
     """Scores by variant and family, and the paired differences to SFT at equal numbers of forward passes."""
     scores = {variant: record["test"] for variant, record in records.items()}
     against = {}
@@ -990,7 +1006,8 @@ def report(records: dict[str, dict], length: int) -> dict:
             theirs = {row["passes"]: row for row in scores["sft"][family]}
             last = theirs[max(theirs)]  # beyond N passes SFT stays as it is
             against[variant][family] = [
-                {"passes": row["passes"]} | paired_bootstrap(row["right"], theirs.get(row["passes"], last)["right"])
+                {"passes": row["passes"]} | paired_bootstrap(
+                    row["right"], theirs.get(row["passes"], last)["right"], groups_of(test[family]))
                 for row in rows
             ]
     return {"answer_length": length, "scores": scores, "minus_sft": against}
@@ -1021,7 +1038,7 @@ def print_report(result: dict) -> None:
             for row in differences[family]:
                 low, high = (100 * bound for bound in row["ci95"])
                 print(f"  {VARIANTS[variant][0]} minus SFT at {row['passes']} passes: "
-                      f"{100 * row['difference']:+.1f} points ({low:+.1f} to {high:+.1f}), n = {row['n']}")
+                      f"{100 * row['difference']:+.1f} points ({low:+.1f} to {high:+.1f}), n = {row['n']} in {row['groups']} groups")
         for variant in result["minus_sft"]:
             row = at(scores[variant][family], shares["N/4"])
             print(f"  {VARIANTS[variant][0]} at {row['passes']} passes: {row['remasks']:.2f} re-masks an answer, "

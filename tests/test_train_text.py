@@ -377,18 +377,21 @@ def test_every_method_makes_at_most_the_passes_it_may_and_leaves_prompts_alone(m
                 assert ((result.trace[:-1] == text.MASK) | (result.trace[:-1] == result.trace[1:])).all()
 
 
-def test_paired_bootstrap_agrees_with_the_normal_interval_and_with_cases_by_hand():
+def test_paired_bootstrap_agrees_with_the_normal_interval_and_draws_groups_whole():
     rng = random.Random(0)
     theirs = "".join("01"[rng.random() < 0.6] for _ in range(2000))
     ours = "".join(t if rng.random() < 0.8 else "01"[rng.random() < 0.8] for t in theirs)
-    found = text.paired_bootstrap(ours, theirs)
     d = [int(a) - int(b) for a, b in zip(ours, theirs)]
     mean = sum(d) / 2000
     half = 1.96 * (sum((x - mean) ** 2 for x in d) / 2000) ** 0.5 / 2000**0.5
-    assert found["difference"] == pytest.approx(mean)
+    found = text.paired_bootstrap(ours, theirs, list(range(2000)))
+    assert found["difference"] == pytest.approx(mean) and found["groups"] == found["n"] == 2000
     assert found["ci95"] == pytest.approx((mean - half, mean + half), abs=2e-3)
-    assert text.paired_bootstrap("1111", "1111")["ci95"] == (0, 0)
-    assert text.paired_bootstrap("11", "00")["difference"] == 1
+    # every prompt ten times over says nothing new
+    groups = [i for i in range(2000) for _ in range(10)]
+    tenfold = text.paired_bootstrap(*("".join(c * 10 for c in right) for right in (ours, theirs)), groups)
+    assert tenfold["ci95"] == pytest.approx(found["ci95"], abs=1e-6)
+    assert text.paired_bootstrap("1111", "1111", [0, 1, 2, 3])["ci95"] == (0, 0)
 
 
 def test_budgets_and_pace():
