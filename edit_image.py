@@ -617,10 +617,9 @@ def two_phase(denoiser, tokens: Tensor, editable: Tensor, history: HistoryRefere
     history.reset()
     for turn in range(decoding.mask_steps + decoding.reveal_steps):
         logits = denoiser(history.push(tokens))
+        masking = masking & (turn < decoding.mask_steps)
         remasked = rule(logits, tokens, editable=editable & masking, allow_reveal=False)
-        masking = masking & (remasked != tokens).any(-1, keepdim=True) & (turn < decoding.mask_steps)
-        if decoding.mask_steps <= turn:
-            remasked = tokens  # the first phase is over for everyone
+        masking = masking & (remasked != tokens).any(-1, keepdim=True)
         masks = (remasked == MASK).sum(-1, keepdim=True)
         total = torch.where(revealed == 0, masks.clamp(min=1), total)
         revealed = revealed + ~masking
