@@ -955,19 +955,17 @@ def train_all(args) -> dict:
         steps = round(read_checkpoint(args.out / "base.pt", args.device)[1]["steps"] / BASE_STEPS)
     else:
         steps = measured_steps(args.minutes / (len(args.methods) - 1 + BASE_STEPS), codec, pool, args)
+    trained = {method: train_method(method, steps, pool, codec, args) for method in args.methods}
+    if not rm.is_main_process():
+        return {}
     rows, training, shown = {}, {}, {}
-    for method in args.methods:
-        model, record = train_method(method, steps, pool, codec, args)
-        if not rm.is_main_process():
-            continue
+    for method, (model, record) in trained.items():
         training[method] = {key: record[key] for key in ("steps", "minutes", "curve", "settings", "provenance")}
         for label, decoding in decodings_of(method).items():
             score, tokens, masked = evaluate(model, record["gamma"], record["rotate"], test, decoding, args.precision)
             rows[", ".join(filter(None, (method, label)))] = score
             shown.setdefault(method, (tokens, masked))
             print(f"{method} {label}: exact {100 * score['exact']:.1f} %, {score['seconds']:.0f} s", flush=True)
-    if not rows:
-        return {}
     print_table(rows)
     draw_gallery(args.out / "gallery.png", codec, test, shown)
     result = {"rows": rows, "paper": PAPER, "training": training, "training_pairs": len(pool.source)}
