@@ -44,13 +44,13 @@ PAPER = {  # precision %, coverage %, MAE-RGB, PSNR, SSIM of arXiv 2606.16700: p
 }
 METHODS = {  # gamma, rotate of Eq. 2, and the share of instructions and of sources dropped for guidance
     "base": (0.0, False, 0.1),  # mask diffusion on captions and images; BASE_EDITS of its rows are edits
-    "sft": (0.0, False, 0.1),  # base, then mask diffusion of the whole target given instruction and source
+    "sft": (0.0, False, 0.0),  # base, then mask diffusion of the whole target given instruction and source
     "rm": (0.0, False, 0.0),  # base, then Reflective Masking in place
     "history": (0.9, True, 0.0),  # the same with History Reference
     "guided": (0.0, False, 0.1),  # the same as rm with dropout, for classifier-free guidance
 }
 BASE_EDITS = 0.1  # the paper's base model has seen some editing before its post-training, too
-BASE_STEPS = 0.5  # the base model's steps over those of each method that starts from it
+BASE_STEPS = 0.8  # the base model's steps over those of each method that starts from it
 LAWFUL = 0.2  # share of RM's rows that follow the paper's law of trajectories (revision_states)
 TRAINING = dict(batch_size=16, learning_rate=2e-3)
 TEST_SEED = 1_000_000  # of the held-out scenes
@@ -840,10 +840,10 @@ def training_run(model: Editor, method: str, pool: Pairs, args, steps: int, **ch
 
 
 def measured_steps(minutes: float, codec: Codec, pool: Pairs, args) -> int:
-    """How many steps of RM fit the time here, an even number: times 20 steps of a throw-away model after 5."""
+    """How many steps of RM fit the time here, a multiple of 5: times 20 steps of a throw-away model after 5."""
     run = training_run(Editor(codec).to(args.device), "rm", pool, args, 25)
     seconds = [stats["seconds"] for _, stats in run]
-    steps = max(2, 2 * int(minutes * 60 * 10 / (seconds[-1] - seconds[4])))
+    steps = max(5, 5 * int(minutes * 60 * 4 / (seconds[-1] - seconds[4])))  # so that base's are whole, too
     steps = torch.tensor(steps, device=args.device)
     if rm.dist.is_initialized():  # every process has to make the same number
         rm.dist.broadcast(steps, 0)
@@ -1097,7 +1097,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--methods", nargs="+", choices=METHODS, default=["base", "sft", "rm", "history"], metavar="M",
         help=f"which of {', '.join(METHODS)} (default: all but guided); base is always first")
     add("--minutes", type=float, default=20, help="training of all methods together (default 20), without evaluation")
-    add("--steps", type=int, help="train each method exactly this many steps instead, base half as many")
+    add("--steps", type=int, help="train each method exactly this many steps instead, base 0.8 of them")
     add("--dropout", type=float, help="share of instructions and sources dropped, of all but base")
     add("--precision", choices=["bf16", "float32"], help="default bf16 where the processor has it")
     add("--compile", action="store_true", help="torch.compile the network (needs a C++ compiler on CPU)")
