@@ -1016,6 +1016,7 @@ def draw_gallery(path: Path, codec: Codec, pairs: Pairs, shown: dict, most: int 
     heads = ["source", f"re-masked by {ours}", *shown, "target", f"error of {ours}"]
     size = (1.5 * len(heads), 1.75 * len(picks))
     fig, axes = plt.subplots(len(picks), len(heads), figsize=size, squeeze=False, layout="constrained")
+    fig.get_layout_engine().set(hspace=0.12, rect=(0, 0, 1, 1 - 0.15 / len(picks)))
     for row, i in zip(axes, picks):
         states = (pairs.source[i], *(edited[i] for edited, _ in shown.values()), pairs.target[i])
         images = [codec.decode_image(state).numpy() for state in states]
@@ -1026,7 +1027,8 @@ def draw_gallery(path: Path, codec: Codec, pairs: Pairs, shown: dict, most: int 
         row[-1].imshow(wrong.norm(dim=-1).numpy(), cmap="inferno", vmin=0, vmax=255)
         for axis in row:
             axis.set(xticks=[], yticks=[])
-        row[0].set_title(pairs.texts[i], fontsize=8, loc="left").set_in_layout(False)
+        title = row[0].text(0, 1.05, pairs.texts[i], fontsize=8, transform=row[0].transAxes)
+        title.set_in_layout(False)  # else it would widen the first column
     for axis, head in zip(axes[-1], heads):
         axis.set_xlabel(head, fontsize=8)
     save_figure(fig, path)
