@@ -78,7 +78,7 @@ def history_embedding(
     table = rotate_pairs(table, -ages) if rotate else table.expand(turns, -1, -1)
     table = (table * (gamma ** ages.double()).to(table.dtype)).flatten(0, 1)  # row k*V + v: token v at turn k, aged
     columns = torch.where(states == ABSENT, len(table), states + vocabulary * ages.flip(0)).flatten(1).T
-    indicator = table.new_zeros(len(columns), len(table) + 1).scatter_(1, columns, 1)  # ABSENT: the column dropped below
+    indicator = table.new_zeros(len(columns), len(table) + 1).scatter_(1, columns, 1)  # ABSENT: the last
     with torch.autocast(table.device.type, enabled=False):  # not in bf16, whatever the caller's autocast says
         total = (indicator[:, :-1] @ table).view(*states.shape[1:], -1)
     return (rms_norm(total) if normalize else total).to(embedding.dtype)

@@ -34,7 +34,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from history import ABSENT, HistoryReference, history_embedding, rotate_pairs
+from history import ABSENT, HistoryReference, history_embedding
 from kernels import IGNORE, KEEP, REMASK, REVEAL, Decision  # IGNORE: the role of a position without a loss
 from kernels import decide_from_hidden, decide_from_logits, revision_cross_entropy
 
@@ -78,13 +78,12 @@ class Block(nn.Module):
         nn.init.zeros_(self.attention_out.weight)  # every block starts as the identity
         nn.init.zeros_(self.feed_forward_out.weight)
 
-    def forward(self, x: Tensor, relation: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, relation: Tensor | None, rotation: Tensor | None = None) -> Tensor:
         batch, length, width = x.shape
         qkv = self.query_key_value(self.attention_norm(x)).view(batch, length, 3, self.heads, -1)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)  # [B, heads, N, D / heads] each
         if self.rotary:
-            index = torch.arange(length, device=x.device).unsqueeze(-1)
-            query, key = rotate_pairs(query, index), rotate_pairs(key, index)
+            query, key = _rotate(query, rotation), _rotate(key, rotation)
         if self.relation_bias is None:
             mixed = F.scaled_dot_product_attention(query, key, value)
         else:
@@ -94,6 +93,13 @@ class Block(nn.Module):
             mixed = (score + self.relation_bias[:, relation]).softmax(-1).to(value.dtype) @ value
         x = x + self.attention_out(mixed.transpose(1, 2).reshape(batch, length, width))
         return x + self.feed_forward_out(self.feed_forward_in(self.feed_forward_norm(x)).relu().square())
+
+
+def _rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    """history.rotate_pairs by cosines and sines at hand: float [2, N, width / 2] of x's last two axes."""
+    cos, sin = rotation.to(x.dtype)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
 
 
 class MaskDiffusionTransformer(nn.Module):
@@ -123,6 +129,12 @@ class MaskDiffusionTransformer(nn.Module):
             self.position = nn.ParameterList(
                 nn.Parameter(torch.randn(int(column.max()) + 1, config.width) * 0.3) for column in coordinates.T
             )
+        if config.positions == "rotary":  # a table: torch.compile would work the angles out for every element
+            width = config.width // config.heads
+            frequency = 10000.0 ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
+            angle = torch.arange(config.length).unsqueeze(-1) * frequency
+            table = torch.stack([angle.cos(), angle.sin()])
+            self.register_buffer("rotation", table.to(torch.get_default_dtype()), persistent=False)
         self.blocks = nn.ModuleList(Block(config, 2**axes if axes > 1 else 0) for _ in range(config.layers))
         self.norm = nn.RMSNorm(config.width)
         self.head = nn.Linear(config.width, config.vocabulary, bias=False)
@@ -135,8 +147,9 @@ class MaskDiffusionTransformer(nn.Module):
             )
         if self.config.positions == "learned":
             x = x + sum(table[axis[:length]] for table, axis in zip(self.position, self.coordinates.T))
+        rotation = self.rotation[:, :length] if self.config.positions == "rotary" else None
         for block in self.blocks:
-            x = block(x, self.relation[:length, :length])
+            x = block(x, self.relation[:length, :length], rotation)
         return self.head(self.norm(x))
 
 
@@ -247,6 +260,21 @@ def revision_loss(
     impl: "torch", "triton" or None, which is triton on a GPU.  Raises ValueError when the shapes differ.
     """
     return revision_cross_entropy(logits, target, role, weights, head, impl)
+
+
+def weighed_reveal_loss(
+    logits: Tensor, target: Tensor, role: Tensor, position_weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The loss of plain mask diffusion: the mean over the masked positions of weight times cross-entropy.
+
+    position_weight: float, target's shape; LLaDA's is 1/t, t the share of masked positions.  Everything else, and what
+    is returned, as for revision_loss, with zeros for re-mask and keep.
+    """
+    masked = role == REVEAL
+    rows = logits[masked].to(torch.promote_types(logits.dtype, torch.float32))
+    loss = F.cross_entropy(rows, target[masked], reduction="none")
+    total = (loss * position_weight[masked]).sum() / max(loss.numel(), 1)
+    return total, total.detach(), total.new_zeros(()), total.new_zeros(())
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -380,6 +408,7 @@ def revise(
     rule: Callable[..., Tensor] | None = None,
     head: Tensor | None = None,
     impl: str | None = None,
+    remask_limit: int | None = None,
 ) -> Revision:
     """Revises until nothing changes: at every turn Eq. 2 (history), one forward pass (denoiser), Eq. 1 (decide).
 
@@ -391,6 +420,7 @@ def revise(
     rule: a baseline's rule in the place of Eq. 1, with decide's first parameters.
     head: the output weight [V, D]; denoiser then returns hidden states [B, N, D], and the logits of all positions are
     never formed.  impl: of decide; history has its own.
+    remask_limit: re-masks of one position at most (6 in the released text code); None: no limit.
 
     A sequence ends, leaves the batch and gets its status when
       FIXED_POINT   the turn changed nothing.  With history the memory still changes after that, so a later
@@ -416,10 +446,15 @@ def revise(
     result, turns, status = tokens.clone(), [0] * batch, [OUT_OF_TURNS] * batch
     states = [result.clone()]
     running = torch.arange(batch, device=tokens.device)  # the rows of the batch still at work
+    remasked = torch.zeros_like(tokens)  # how often each position was, for remask_limit
     returns: list[dict[bytes, int]] = [{key: 0} for key in _row_keys(tokens)]  # how often each state came back
     for turn in range(1, max_turns + 1):
         logits = denoiser(history.push(tokens))  # Eq. 2 and the network; with head, these are hidden states
         following = (rule or eq1)(logits, tokens, mask_id, editable=free, reveal=reveal)  # Eq. 1
+        if remask_limit is not None:
+            doubted = (tokens != mask_id) & (following == mask_id)
+            following = torch.where(doubted & (remasked >= remask_limit), tokens, following)
+            remasked = remasked + doubted
         settled = (following == tokens).all(-1).tolist()
         ends = torch.zeros(len(running), dtype=torch.bool)
         for i, (row, key) in enumerate(zip(running.tolist(), _row_keys(following))):
@@ -444,6 +479,7 @@ def revise(
         if ends.any():
             history.keep(~ends)
             following, free, running = following[~ends], free[~ends], running[~ends]
+            remasked = remasked[~ends]
         tokens = following
     return Revision(result, turns, status, torch.stack(states) if trace else None)
 
@@ -457,8 +493,9 @@ def _row_keys(tokens: Tensor) -> list[bytes]:
 # 6. Training
 
 # A batch: states int64 [K, B, N] oldest first with ABSENT where a history is shorter (history_until), clean int64
-# [B, N], editable bool [B, N] or None: the positions that have a loss.
-Batch = tuple[Tensor, Tensor, Tensor | None]
+# [B, N], editable bool [B, N] or None: the positions that have a loss.  With a fourth element, float [B, N], the masked
+# positions alone have a loss, weighed by it (weighed_reveal_loss).
+Batch = tuple[Tensor, Tensor, Tensor | None] | tuple[Tensor, Tensor, Tensor | None, Tensor]
 
 MUON_FACTOR = 8  # Muon's learning rate over AdamW's: an update of Muon has about the spectral norm 1
 
@@ -555,10 +592,13 @@ def train(
     for step in range(start, steps):
         began = time.perf_counter()
         generator.manual_seed(seed * 1_000_003 + step)
-        states, clean, editable = sample(batch_size, generator)
+        states, clean, editable, *more = sample(batch_size, generator)
         states, clean = states[:, rank::world], clean[rank::world]
+        position_weight = more[0][rank::world] if more else None
         editable = None if editable is None else editable[rank::world]
         if own_states:
+            if position_weight is not None:
+                raise ValueError("train: a batch with weights of positions cannot be combined with own_states")
             if len(states) > window:
                 raise ValueError(f"train: window {window} is shorter than the history of {len(states)} states")
             absent = states.new_full((window - len(states), *clean.shape), ABSENT)
@@ -571,7 +611,10 @@ def train(
                 editable = torch.where(goes_on, carried["editable"], editable)
         target, role = oracle(states[-1], clean, mask_id, editable)
         logits = forward(states)
-        total, reveal, remask, keep = revision_loss(logits, target, role, weights)
+        if position_weight is None:
+            total, reveal, remask, keep = revision_loss(logits, target, role, weights)
+        else:
+            total, reveal, remask, keep = weighed_reveal_loss(logits, target, role, position_weight)
         for optimizer in optimizers:
             optimizer.zero_grad()
         objective = total

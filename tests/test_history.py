@@ -106,7 +106,7 @@ def test_triton_and_torch_give_the_same(gamma, rotate, size):
             last = history.push(state)
         results.append(last)
     torch.testing.assert_close(results[:2], results[2:])
-    torch.testing.assert_close(*gradients)
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-4)
 
 
 @variants

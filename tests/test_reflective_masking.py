@@ -189,6 +189,18 @@ def test_revision_loss_and_its_gradient_in_closed_form(roles, weights):
     torch.testing.assert_close(logits.grad, expected_gradient)
 
 
+def test_plain_mask_diffusion_weighs_masked_positions():
+    logits = torch.randn(3, 4, 6, generator=seeded(0), dtype=torch.float64)
+    target, role = torch.randint(6, (3, 4), generator=seeded(1)), torch.randint(-1, 3, (3, 4), generator=seeded(2))
+    weight = torch.rand(3, 4, generator=seeded(3), dtype=torch.float64)
+    terms = []
+    for row, t, r, w in zip(logits.view(12, 6).tolist(), *(x.flatten().tolist() for x in (target, role, weight))):
+        if r == REVEAL:
+            terms.append(w * (math.log(sum(map(math.exp, row))) - row[t]))
+    total, *parts = rm.weighed_reveal_loss(logits, target, role, weight)
+    assert total.item() == pytest.approx(sum(terms) / len(terms)) and [p.item() for p in parts] == [total.item(), 0, 0]
+
+
 def test_revision_loss_passes_gradcheck_in_float64():
     logits, target, role = random_loss_case(dtype=torch.float64)
     assert torch.autograd.gradcheck(lambda x: rm.revision_loss(x, target, role, (1, 2, 3)), logits)
@@ -392,6 +404,16 @@ def test_finished_sequences_leave_the_batch():
     assert got.tokens.tolist() == [[1, 2], [2, 1], [1, 3]] and got.trace is None
 
 
+@pytest.mark.parametrize("limit", [0, 1, 3])
+def test_a_position_is_remasked_at_most_as_often_as_the_limit_says(limit):
+    tokens = torch.tensor([[1, 3], [1, 2]])  # the first sequence settles at once and leaves the batch
+    script = scripted(PERIOD_2 | {(1, 3): (1, 3)})
+    got = rm.revise(script, tokens, M, one_hot_history(4, 0.0), trace=True, patience=99, remask_limit=limit)
+    masked = (got.trace[:-1, 1, 0] != M) & (got.trace[1:, 1, 0] == M)
+    assert masked.sum() == limit and got.status == [FIXED_POINT] * 2 and got.turns == [1, 2 * limit + 1]
+    assert got.tokens.tolist() == [[1, 3], [1, 2]]
+
+
 def revise_by_loop(denoiser, start, editable, gamma, max_turns, patience, reveal):
     """One sequence, max_turns turns without an early exit; where it ended is found afterwards."""
     states, logits = [start], []
@@ -459,7 +481,8 @@ IMPLS = ["torch", pytest.param("triton", marks=needs_triton)]
 def shipped_boards():
     """The shipped Sudoku model and four boards of a hand-made pattern with 20 wrong cells each, 2 blank."""
     model, info = rm.load_checkpoint(ROOT / "checkpoints/sudoku_full.pt", "sudoku", DEVICE)
-    clean = torch.tensor([[(3 * (r % 3) + r // 3 + c + b) % 9 + 1 for r in range(9) for c in range(9)] for b in range(4)])
+    cell = torch.arange(81)
+    clean = (3 * (cell // 9 % 3) + cell // 27 + cell % 9 + torch.arange(4).unsqueeze(1)) % 9 + 1
     order = torch.rand(4, 81, generator=seeded(1)).argsort(-1)
     start = torch.where(order < 20, rm.uniform_wrong(clean, torch.arange(1, 10), 1, seeded(2))[0], clean)
     return model, info, start.masked_fill(order > 78, M).to(DEVICE)
@@ -508,7 +531,8 @@ def test_with_a_head_the_logits_of_all_positions_are_never_formed():
 
         def __torch_dispatch__(self, function, types, args=(), keywords=None):
             result = function(*args, **(keywords or {}))
-            self.seen.extend(x.numel() for x in (result if isinstance(result, tuple) else [result]) if torch.is_tensor(x))
+            results = result if isinstance(result, tuple) else (result,)
+            self.seen.extend(x.numel() for x in results if torch.is_tensor(x))
             return result
 
     tokens, head = torch.ones(2, 200, dtype=torch.long), torch.randn(3000, 8, generator=seeded(1))

@@ -89,39 +89,6 @@ def test_training_batch_has_the_task_among_its_states():
 # --- metrics
 
 
-def test_ties_are_settled_one_way():
-    """Every rectangle (two rows of a band, two columns, a b over b a) found by a loop, with a start between the two."""
-    turned = lambda boards: boards.view(-1, 9, 9).transpose(1, 2).reshape(-1, 81)  # columns become rows
-    clean = sudoku.random_boards(40, seed=11)
-    found = 0
-    for board in clean:
-        for upper, lower in ((0, 1), (3, 5), (7, 8)):
-            for left in range(9):
-                for right in range(left + 1, 9):
-                    cells = [9 * upper + left, 9 * upper + right, 9 * lower + left, 9 * lower + right]
-                    a, b, c, d = board[cells].tolist()
-                    if (a, b) != (d, c):
-                        continue
-                    found += 1
-                    other = board.clone()
-                    other[cells] = torch.tensor([b, a, a, b])
-                    start = board.clone()  # two cells agree with each board, or the four are masked
-                    start[cells] = torch.tensor(random.Random(found).choice([[a, a, b, b], [a, b, a, b], [0] * 4]))
-                    settled = sudoku.settle_ties(torch.stack([board, other]), start.expand(2, 81))
-                    expected = board if a < b else other
-                    assert (settled == expected).all()
-                    assert (turned(sudoku.settle_ties(turned(other), turned(start))) == expected).all()
-                    nearer = start.clone()
-                    nearer[cells] = torch.tensor([b, a, a, sudoku.MASK])  # speaks for the other board
-                    assert (sudoku.settle_ties(board.unsqueeze(0), nearer.unsqueeze(0)) == other).all()
-    assert found > 20
-    assert (sudoku.settle_ties(clean, clean) == clean).all()
-    start = sudoku.corrupt(clean, 20, 60, seed=3)
-    settled = sudoku.settle_ties(clean, start)
-    assert sudoku.is_valid(settled).all()
-    assert ((settled == start).sum(1) >= (clean == start).sum(1)).all()
-
-
 def test_validity_and_conflicts_agree_with_a_loop():
     rng = random.Random(0)
     for _ in range(50):
