@@ -10,8 +10,8 @@ Reading order: scenes, pairs, network, training states, decoding, metrics, evalu
 A pixel is a token and so is a word.  One sequence is [instruction | source | target], and only the target is editable;
 the network adds the source's embedding to the target's at the same pixel, so that its length is words + pixels.
 Ids: MASK 0, colour c of the palette 1 + c, the same colour in the source 1 + C + c, then "no image", "no word", words.
-Differences from the paper: pixels of a palette instead of a VQ codebook; half of RM's trajectories re-mask the whole
-edit at once (revision_states); instruction and source, which never change, have no history (PromptHistory).
+Differences from the paper: pixels of a palette instead of a VQ codebook; most of RM's trajectories re-mask the
+whole edit at once (revision_states); instruction and source, which never change, have no history (PromptHistory).
 """
 
 import argparse
@@ -50,6 +50,8 @@ METHODS = {  # gamma, rotate of Eq. 2, and the share of instructions and of sour
     "guided": (0.0, False, 0.1),  # the same as rm with dropout, for classifier-free guidance
 }
 BASE_EDITS = 0.1  # the paper's base model has seen some editing before its post-training, too
+BASE_STEPS = 0.5  # the base model's steps over those of each method that starts from it
+LAWFUL = 0.2  # share of RM's rows that follow the paper's law of trajectories (revision_states)
 TRAINING = dict(batch_size=16, learning_rate=2e-3)
 TEST_SEED = 1_000_000  # of the held-out scenes
 
@@ -505,10 +507,11 @@ class PromptHistory(HistoryReference):
 def revision_states(source: Tensor, target: Tensor, generator: torch.Generator, T: int = 6) -> tuple[Tensor, Tensor]:
     """Trajectories from source to target, int64 [T+1, B, P], and the turn to train on, int64 [B].
 
-    The wrong token is the source's wherever it differs from the target's.  Half of the rows follow the paper's law,
-    every pixel on its own clock.  The other half is what decoding looks like: the whole edit is re-masked in turn 1
-    (a tenth of its pixels later), then revealed piece by piece.  In some rows a few pixels outside the edit are
-    masked, too, so that the model can put back what it masked without need.
+    The wrong token is the source's wherever it differs from the target's.  A fifth of the rows follow the paper's law,
+    every pixel on its own clock.  The others are what decoding looks like: the whole edit is re-masked in turn 1
+    (a tenth of its pixels later), then revealed piece by piece; of these, half stand at turn 0, where nothing tells
+    yet where the edit will be, and a third at turn 1, where nothing of it is revealed.  In some rows a few pixels
+    outside the edit are masked, too, so that the model can put back what it masked without need.
     """
     rand = partial(torch.rand, generator=generator, device=source.device)
     batch, region = len(source), source != target
@@ -521,11 +524,9 @@ def revision_states(source: Tensor, target: Tensor, generator: torch.Generator, 
     revealed = masked + 1 + (rand(source.shape) * (T - masked)).long()
     together = torch.where(step < masked, source, torch.where(step < revealed, MASK, target))
     together = torch.where(changed, together, target)
-    half = rand(batch, 1) < 0.5
-    turn = (rand(batch) * T).long()
-    # Where to look and what to fill in from nothing are the hard parts: half of these rows stand at turn 0 or 1.
-    turn = torch.where(half[:, 0] & (rand(batch) < 0.5), turn % 2, turn)
-    return torch.where(half, together, law), turn
+    lawful, turn, draw = rand(batch, 1) < LAWFUL, (rand(batch) * T).long(), rand(batch)
+    early = torch.where(draw < 0.5, 0, torch.where(draw < 0.83, 1, turn))
+    return torch.where(lawful, law, together), torch.where(lawful[:, 0], turn, early)
 
 
 def sample_batch(
@@ -835,10 +836,11 @@ def training_run(model: Editor, method: str, pool: Pairs, args, steps: int, **ch
 
 
 def measured_steps(minutes: float, codec: Codec, pool: Pairs, args) -> int:
-    """How many steps of RM fit the time here: 20 steps of a throw-away model are timed after 5 to warm up."""
+    """How many steps of RM fit the time here, an even number: 20 steps of a throw-away model are timed after 5 to warm up."""
     run = training_run(Editor(codec).to(args.device), "rm", pool, args, 25)
     seconds = [stats["seconds"] for _, stats in run]
-    steps = torch.tensor(max(1, int(minutes * 60 * 20 / (seconds[-1] - seconds[4]))), device=args.device)
+    steps = max(2, 2 * int(minutes * 60 * 10 / (seconds[-1] - seconds[4])))
+    steps = torch.tensor(steps, device=args.device)
     if rm.dist.is_initialized():  # every process has to make the same number
         rm.dist.broadcast(steps, 0)
     return int(steps)
@@ -851,6 +853,16 @@ def require_same(settings: dict, found: dict, path: Path) -> None:
         raise InputError(f"{path} was made with {other}: use another --out, or delete it")
 
 
+def read_checkpoint(path: Path, device: torch.device) -> tuple[MaskDiffusionTransformer, dict]:
+    try:
+        network, record = rm.load_checkpoint(path, "image", device)
+        if not {"codec", "method", "gamma", "rotate"} <= record.keys():
+            raise ValueError(f"{path} does not say its codec, method, gamma and rotate")
+        return network, record
+    except ValueError as error:
+        raise InputError(str(error)) from None
+
+
 def train_method(method: str, steps: int, pool: Pairs, codec: Codec, args) -> tuple[Editor, dict]:
     """Trains, resumes or reads back one method; all but base start from OUT/base.pt.  Writes OUT/<method>.pt.
 
@@ -859,10 +871,12 @@ def train_method(method: str, steps: int, pool: Pairs, codec: Codec, args) -> tu
     path, main = args.out / f"{method}.pt", rm.is_main_process()
     keys = ("seed", "pool", "precision", "dropout")
     settings = {key: getattr(args, key) for key in keys} | {"pairs": args.pairs.name if args.pairs else None}
+    if method == "base":
+        steps = math.ceil(BASE_STEPS * steps)
     if args.steps:
         settings["steps"] = steps
     if path.exists():
-        network, record = rm.load_checkpoint(path, "image", args.device)
+        network, record = read_checkpoint(path, args.device)
         require_same(settings, record["settings"], path)
         if main:
             print(f"{path} is there, {method} is done")
@@ -870,7 +884,7 @@ def train_method(method: str, steps: int, pool: Pairs, codec: Codec, args) -> tu
     torch.manual_seed(args.seed)
     model = Editor(codec).to(args.device)
     if method != "base":
-        model = Editor(codec, rm.load_checkpoint(args.out / "base.pt", "image", args.device)[0]).train()
+        model = Editor(codec, read_checkpoint(args.out / "base.pt", args.device)[0]).train()
     resume, curve = path.with_suffix(".resume.pt"), []
     if resume.exists():
         notes = torch.load(resume, map_location="cpu", weights_only=True)["notes"]
@@ -928,10 +942,12 @@ def train_all(args) -> dict:
     """The bare command: trains what is not done yet, evaluates every row, writes the table and the gallery."""
     pool, test, codec = load_pairs(args)
     pool = pool.to(args.device)
-    steps = args.steps or (None if (args.out / "base.pt").exists() else 0)
-    if steps is None:  # as many as the finished base model had
-        steps = rm.load_checkpoint(args.out / "base.pt", "image")[1]["steps"]
-    steps = steps or measured_steps(args.minutes / len(args.methods), codec, pool, args)
+    if args.steps:
+        steps = args.steps
+    elif (args.out / "base.pt").exists():  # a run that goes on
+        steps = round(read_checkpoint(args.out / "base.pt", args.device)[1]["steps"] / BASE_STEPS)
+    else:
+        steps = measured_steps(args.minutes / (len(args.methods) - 1 + BASE_STEPS), codec, pool, args)
     rows, training, shown = {}, {}, {}
     for method in args.methods:
         model, record = train_method(method, steps, pool, codec, args)
@@ -1004,7 +1020,7 @@ def draw_gallery(path: Path, codec: Codec, pairs: Pairs, shown: dict, most: int 
         row[-1].imshow(wrong.norm(dim=-1).numpy(), cmap="inferno", vmin=0, vmax=255)
         for axis in row:
             axis.set(xticks=[], yticks=[])
-        row[0].set_title(pairs.texts[i], fontsize=8, loc="left")
+        row[0].set_title(pairs.texts[i], fontsize=8, loc="left").set_in_layout(False)
     for axis, head in zip(axes[-1], heads):
         axis.set_xlabel(head, fontsize=8)
     save_figure(fig, path)
@@ -1073,7 +1089,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--methods", nargs="+", choices=METHODS, default=["base", "sft", "rm", "history"], metavar="M",
         help=f"which of {', '.join(METHODS)} (default: all but guided); base is always first")
     add("--minutes", type=float, default=20, help="training of all methods together (default 20; the evaluation adds to it)")
-    add("--steps", type=int, help="train each method exactly this many steps instead")
+    add("--steps", type=int, help="train each method exactly this many steps instead, base half as many")
     add("--dropout", type=float, help="share of instructions and sources dropped in training, of all but base")
     add("--precision", choices=["bf16", "float32"], help="default bf16 where the processor has it")
     add("--compile", action="store_true", help="torch.compile the network (needs a C++ compiler on CPU)")
@@ -1130,14 +1146,6 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
-def load_editor(args) -> tuple[Editor, dict]:
-    try:
-        network, record = rm.load_checkpoint(args.checkpoint, "image", args.device)
-        return Editor(Codec(**record["codec"]), network).eval(), record
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{args.checkpoint}: {error}" if isinstance(error, KeyError) else str(error)) from None
-
-
 def main() -> None:
     args = parse_arguments()
     try:
@@ -1148,9 +1156,11 @@ def main() -> None:
     if rm.dist.is_initialized() and (args.evaluate or args.image):
         raise InputError("torchrun is for training; run this with one process")
     if args.image:
-        result = edit_file(args, *load_editor(args))
+        network, record = read_checkpoint(args.checkpoint, args.device)
+        result = edit_file(args, Editor(Codec(**record["codec"]), network).eval(), record)
     elif args.evaluate:
-        model, record = load_editor(args)
+        network, record = read_checkpoint(args.checkpoint, args.device)
+        model = Editor(Codec(**record["codec"]), network).eval()
         if args.test:
             pairs = read_pairs(args.test, model.codec, args.n)[0]
         else:

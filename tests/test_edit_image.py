@@ -317,9 +317,12 @@ def test_revision_states_hold_source_mask_or_target():
     assert not (right[:-1] & ~right[1:] & region).any() and not (masked[:-1] & wrong[1:]).any()  # wrong, M, right
     now = states[turn, torch.arange(4000)]
     untouched = (now == source).all(-1)  # the state in which editing starts
-    assert untouched.float().mean() > 0.15
+    assert 0.3 < untouched.float().mean() < 0.5
+    first = states[0]  # of the paper's law: at the start some of the edit is wrong, some masked
+    mixed = ((first == image.MASK) & region).any(-1) & ((first == source) & region).any(-1)
+    assert 0.03 < mixed.float().mean() < 0.2
     outside = (now == image.MASK) & ~region
-    assert 0.08 < outside.any(-1).float().mean() < 0.3
+    assert 0.03 < outside.any(-1).float().mean() < 0.3
 
 
 @pytest.mark.parametrize("method", image.METHODS)
@@ -555,8 +558,8 @@ def test_training_writes_table_gallery_and_checkpoints(trained, monkeypatch, cap
     result = json.loads((folder / "result.json").read_text())
     assert set(result["training"]) == set(image.METHODS) and len({row["params"] for row in result["rows"].values()}) == 1
     assert {row["n"] for row in result["rows"].values()} == {6}
-    steps = {record["steps"] for record in result["training"].values()}
-    assert steps == {2} and result["rows"]["sft"]["decoding"]["reveal_steps"] == 16
+    steps = {method: record["steps"] for method, record in result["training"].items()}
+    assert steps == dict.fromkeys(image.METHODS, 2) | {"base": 1} and result["rows"]["sft"]["decoding"]["reveal_steps"] == 16
     assert Image.open(folder / "out/gallery.png").size[0] > 600
     assert all((folder / f"out/{method}.pt").stat().st_size < 4e6 for method in image.METHODS)
     run(monkeypatch, *arguments, "--methods", "rm")  # what is there is not trained again
@@ -578,10 +581,10 @@ def test_a_killed_training_goes_on_to_the_same_model(trained, monkeypatch):
 
     monkeypatch.setattr(rm, "train", interrupted)
     again = [*arguments[:-4], "--out", folder / "again", "--steps", "2", "--methods", "rm"]
-    every["stop"] = 2  # base is made, but not written yet
+    every["stop"] = 2  # of rm: made, but not written yet
     with pytest.raises(KeyboardInterrupt):
         run(monkeypatch, *again)
-    assert (folder / "again/base.resume.pt").exists()
+    assert (folder / "again/rm.resume.pt").exists() and (folder / "again/base.pt").exists()
     run(monkeypatch, *again)
     for method in ("base", "rm"):
         one, other = (rm.load_checkpoint(folder / name / f"{method}.pt", "image")[0] for name in ("out", "again"))
