@@ -394,12 +394,17 @@ TASKS = {  # task -> subject -> templates
 MIXTURE = {"math": 0.5, "code": 0.4, "choice": 0.1}  # of --task all
 
 
+def split_key(prompt: str) -> str:
+    """The part of a prompt that is the problem: a specification of code without its examples."""
+    return prompt.split("|")[0]
+
+
 def split_of(prompt: str) -> str:
     """train, validation or test: a tenth of all prompts each for the last two.
 
     A hash of the prompt decides; of a specification of code the words alone, so that tested programs are new.
     """
-    return {0: "test", 1: "validation"}.get(zlib.crc32(prompt.split("|")[0].encode()) % 10, "train")
+    return {0: "test", 1: "validation"}.get(zlib.crc32(split_key(prompt).encode()) % 10, "train")
 
 
 def generate(task: str, count: int, split: str, seed: int, largest: int) -> list[Problem]:
@@ -585,9 +590,13 @@ def sample_revision(
     corruption: float = 0.3,
     top_k: int = 8,
     second_guess: float = 0.0,
+    drafts: bool = False,
 ) -> rm.Batch:
     """States of synthetic revisions of the answer; wrong tokens are the frozen base's second choices.
 
+    drafts (ours): the chosen positions start with a draw from the base's top-k by its own probabilities, truth
+    included, so that mistakes are as frequent and as likely as those of a parallel reveal.  Otherwise (the paper) with
+    a token drawn evenly from the top-k without the truth; a model trained on those alone trusts its own best guess.
     corruption: the mean share of positions that start wrong; a row's own share is uniform in 0..2 * corruption, and 0
     in a quarter of the rows, so that the empty answer, where decoding starts, is among the states.
     base: int64 [B, N] -> logits [B, N, V].  It is probed once, with the positions that start wrong masked together with
@@ -599,9 +608,17 @@ def sample_revision(
     share = 2 * corruption * rand(batch_size, 1) * (rand(batch_size, 1) > 0.25) * 4 / 3
     starts_wrong = editable & (rand(clean.shape) < share)
     probed = editable & (starts_wrong | (rand(clean.shape) < rand(batch_size, 1)))
-    wrong = rm.topk_wrong(base(clean.masked_fill(probed, MASK)), clean, MASK, top_k, 2, generator)
+    logits, moving = base(clean.masked_fill(probed, MASK)), editable
+    wrong = rm.topk_wrong(logits, clean, MASK, top_k, 2, generator)
+    if drafts:
+        logits[..., MASK] = -torch.inf
+        likely, tokens = logits.topk(min(top_k, logits.shape[-1] - 1), dim=-1)
+        pick = torch.multinomial(likely.softmax(-1).flatten(0, 1), 1, generator=generator)
+        draft = tokens.gather(-1, pick.view(*clean.shape, 1)).squeeze(-1)
+        moving = editable & ~(starts_wrong & (draft == clean))  # a draw that hits the truth stands, right, throughout
+        wrong = torch.stack([torch.where(draft == clean, wrong[0], draft), wrong[1]])
     states = rm.sample_trajectory(
-        clean, editable, wrong, MASK, T=6, p_wrong=starts_wrong.float(), second_guess=second_guess, generator=generator
+        clean, moving, wrong, MASK, T=6, p_wrong=starts_wrong.float(), second_guess=second_guess, generator=generator
     )
     turn = torch.randint(6, (batch_size,), generator=generator, device=pool.device)
     return rm.history_until(states, turn), clean, editable
@@ -661,22 +678,33 @@ def decode(model, info: dict, rows: Tensor, passes: int, args, chunk: int = 256)
 # Evaluation
 
 
-def wilson_interval(successes: int, count: int) -> tuple[float, float]:
-    """The 95 % interval of a share by Wilson's score method."""
-    z, share = 1.959964, successes / count
-    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
-    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    return middle - half, middle + half
+def groups_of(problems: list[Problem]) -> list[int]:
+    """The number of each problem's split_key, equal where the problem is the same with other examples."""
+    numbers: dict[str, int] = {}
+    return [numbers.setdefault(split_key(problem.prompt), len(numbers)) for problem in problems]
 
 
-def paired_bootstrap(ours: str, theirs: str, draws: int = 10_000, seed: int = 0) -> dict:
+def bootstrap_interval(values: list[int], groups: list[int], draws: int = 10_000) -> tuple[float, float]:
+    """The 95 % interval of the mean of values, by resampling whole groups of prompts.
+
+    groups: the number of each value's group.  Prompts that share a specification stand or fall together, so they are
+    drawn together; where every prompt is its own group this is the plain bootstrap.  The same draws for the same groups,
+    so a difference of two models' values (paired by prompt) is a paired bootstrap.
+    """
+    number = torch.tensor(groups)
+    count = torch.zeros(int(number.max()) + 1)
+    total = count.index_add(0, number, torch.tensor(values, dtype=torch.float))
+    count = count.index_add(0, number, torch.ones(len(values)))
+    drawn = torch.randint(len(count), (draws, len(count)), generator=torch.Generator().manual_seed(0))
+    means = total[drawn].sum(-1) / count[drawn].sum(-1)
+    return tuple(means.quantile(torch.tensor([0.025, 0.975])).tolist())
+
+
+def paired_bootstrap(ours: str, theirs: str, groups: list[int]) -> dict:
     """Share right, ours minus theirs ("0" and "1" a prompt, the same prompts): difference and its 95 % interval."""
-    counts = torch.tensor([sum(int(a) - int(b) == d for a, b in zip(ours, theirs)) for d in (-1, 0, 1)])
-    n, generator = len(ours), torch.Generator().manual_seed(seed)
-    # Only how many prompts differ each way matters, so a resample of the prompts is a multinomial draw of three counts.
-    drawn = torch.multinomial(counts / n, n * draws, replacement=True, generator=generator).view(draws, n) - 1
-    low, high = drawn.float().mean(-1).quantile(torch.tensor([0.025, 0.975])).tolist()
-    return {"difference": (counts[2] - counts[0]).item() / n, "ci95": (low, high), "n": n}
+    values = [int(a) - int(b) for a, b in zip(ours, theirs)]
+    interval = bootstrap_interval(values, groups)
+    return {"difference": sum(values) / len(values), "ci95": interval, "n": len(values), "groups": len(set(groups))}
 
 
 def evaluate(model, info: dict, problems: list[Problem], grader: str, passes: int, args) -> dict:
@@ -715,7 +743,7 @@ def evaluate(model, info: dict, problems: list[Problem], grader: str, passes: in
         subjects.setdefault(problem.subject, []).append(verdict)
     score = {
         "accuracy": sum(right) / n,
-        "ci95": wilson_interval(sum(right), n),
+        "ci95": bootstrap_interval(right, groups_of(problems), 2000),
         "n": n,
         "passes": passes,
         "mean_passes": sum(turns) / n,
@@ -793,6 +821,7 @@ def stage(variant: str, model, base, pool: Tensor, tokenizer: Tokenizer, args, s
         sample = partial(
             sample_revision, pool=pool, prompt_length=tokenizer.prompt_length, corruption=args.corruption,
             base=frozen(base, args.precision, args.compile), top_k=args.top_k, second_guess=args.second_guess,
+            drafts=args.drafts,
         )
         settings |= dict(own_states=args.own_states, rule=partial(rm.decide, reveal=args.own_reveal))
         settings |= dict(weights=(1, 1, args.keep_weight))
@@ -833,7 +862,8 @@ def train_variant(variant: str, steps: int | None, problems, tokenizer: Tokenize
     """
     test, validation, _, graders = problems
     path, main = args.out / f"{name}_{variant}_seed{args.seed}", rm.is_main_process()
-    settings = {key: getattr(args, key) for key in SETTINGS}
+    keys = SETTINGS + REVISION_SETTINGS * (variant in ("rm", "history"))
+    settings = {key: getattr(args, key) for key in keys}
     settings |= {"data": args.data and args.data.name, "test": args.test and args.test.name}
     if path.with_suffix(".json").exists():
         record = json.loads(path.with_suffix(".json").read_text())
@@ -951,7 +981,7 @@ def train_all(args) -> dict:
             base, _ = rm.load_checkpoint(args.out / f"{name}_base_seed{args.seed}.pt", "text", args.device)
     if not rm.is_main_process():
         return {}
-    result = report(records, tokenizer.answer_length)
+    result = report(records, test, tokenizer.answer_length)
     print_report(result)
     draw_curves(args.out / f"text_{name}.png", result)
     result["records"] = {v: {k: r[k] for k in ("steps", "minutes", "params", "settings", "provenance", "curve")}
@@ -964,7 +994,7 @@ def train_all(args) -> dict:
 # Reports
 
 
-def report(records: dict[str, dict], length: int) -> dict:
+def report(records: dict[str, dict], test: dict[str, list[Problem]], length: int) -> dict:
     """Scores by variant and family, and the paired differences to SFT at equal numbers of forward passes."""
     scores = {variant: record["test"] for variant, record in records.items()}
     against = {}
@@ -976,7 +1006,8 @@ def report(records: dict[str, dict], length: int) -> dict:
             theirs = {row["passes"]: row for row in scores["sft"][family]}
             last = theirs[max(theirs)]  # beyond N passes SFT stays as it is
             against[variant][family] = [
-                {"passes": row["passes"]} | paired_bootstrap(row["right"], theirs.get(row["passes"], last)["right"])
+                {"passes": row["passes"]} | paired_bootstrap(
+                    row["right"], theirs.get(row["passes"], last)["right"], groups_of(test[family]))
                 for row in rows
             ]
     return {"answer_length": length, "scores": scores, "minus_sft": against}
@@ -1007,7 +1038,7 @@ def print_report(result: dict) -> None:
             for row in differences[family]:
                 low, high = (100 * bound for bound in row["ci95"])
                 print(f"  {VARIANTS[variant][0]} minus SFT at {row['passes']} passes: "
-                      f"{100 * row['difference']:+.1f} points ({low:+.1f} to {high:+.1f}), n = {row['n']}")
+                      f"{100 * row['difference']:+.1f} points ({low:+.1f} to {high:+.1f}), n = {row['n']} in {row['groups']} groups")
         for variant in result["minus_sft"]:
             row = at(scores[variant][family], shares["N/4"])
             print(f"  {VARIANTS[variant][0]} at {row['passes']} passes: {row['remasks']:.2f} re-masks an answer, "
@@ -1116,9 +1147,10 @@ def evaluate_checkpoint(args) -> dict:
 # The command line
 
 SETTINGS = (  # what a resumed run must share with the run it goes on from
-    "task minutes steps base_steps batch_size width layers learning_rate tuning_rate corruption top_k keep_weight "
-    "second_guess own_states own_reveal prompt_share pool largest words haste remask_limit precision n passes grader"
+    "task minutes steps base_steps batch_size width layers learning_rate tuning_rate prompt_share pool largest words "
+    "precision n passes grader"
 ).split()
+REVISION_SETTINGS = "corruption top_k drafts keep_weight second_guess own_states own_reveal haste remask_limit".split()
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -1153,6 +1185,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--prompt-share", type=float, default=0.2, help="rows of the base that mask the prompt too (default 0.2)")
     add("--corruption", type=float, default=0.3, help="share of positions that start wrong (default 0.3)")
     add("--top-k", type=int, default=4, help="wrong tokens come from the base's k likeliest (default 4)")
+    add("--drafts", action="store_true", help="ours: wrong tokens as likely as the base makes them, see sample_revision")
     add("--keep-weight", type=float, default=1.0, help="of the keep loss (default 1)")
     add("--second-guess", type=float, default=0.0, help="ours: share of second wrong guesses (default 0)")
     add("--own-states", type=float, default=0.0, help="ours: share that goes on from own decisions (default 0)")
@@ -1179,7 +1212,7 @@ def parse_arguments() -> argparse.Namespace:
 def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Ends with one line and exit code 2 where options contradict each other or lie outside their range."""
     training = "data words pool history minutes base_steps steps batch_size width layers learning_rate tuning_rate "
-    training += "prompt_share corruption top_k keep_weight second_guess own_states own_reveal compile largest "
+    training += "prompt_share corruption top_k drafts keep_weight second_guess own_states own_reveal compile largest "
     training += "validation seed"
     using = args.evaluate or args.ask is not None
     asking = "task test grader n test_seed".split() * (args.ask is not None)

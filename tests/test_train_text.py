@@ -303,6 +303,31 @@ def test_revisions_never_edit_prompts_and_never_propose_the_truth():
     assert ((oldest != clean) | ~editable).all()  # at turn 0 nothing is right yet: a proposal is never the truth
 
 
+def test_drafts_are_right_as_often_as_the_base_draws_the_truth():
+    tokenizer, pool = small_pool()
+    start = tokenizer.prompt_length
+    p_truth, second = 0.7, tokenizer.vocabulary - 1  # the base gives the truth 0.7 and one other token 0.3
+
+    def base(tokens):
+        clean = clean_of[0]
+        logits = torch.full((*tokens.shape, tokenizer.vocabulary), -50.0)
+        other = torch.where(clean == second, second - 1, second)
+        logits.scatter_(-1, other.unsqueeze(-1), math.log(1 - p_truth))
+        return logits.scatter_(-1, clean.unsqueeze(-1), math.log(p_truth))
+
+    picks = torch.randint(len(pool), (4000,), generator=torch.Generator().manual_seed(0))
+    clean_of = [pool[picks]]  # what sample_revision draws first with that seed
+    states, clean, editable = text.sample_revision(
+        4000, torch.Generator().manual_seed(0), pool, start, base, corruption=0.3, top_k=4, drafts=True
+    )
+    assert torch.equal(clean, clean_of[0])
+    oldest = torch.stack([states[(states[:, i, 0] != -1).nonzero()[0, 0], i] for i in range(4000)])
+    drafted = (oldest != text.MASK) & editable
+    assert (drafted.sum() / editable.sum()).item() == pytest.approx(0.3, abs=0.03)
+    assert (oldest == clean)[drafted].float().mean().item() == pytest.approx(p_truth, abs=0.02)
+    assert (oldest[drafted & (oldest != clean)] >= second - 1).all()
+
+
 # --- decoding and reports
 
 
@@ -377,18 +402,21 @@ def test_every_method_makes_at_most_the_passes_it_may_and_leaves_prompts_alone(m
                 assert ((result.trace[:-1] == text.MASK) | (result.trace[:-1] == result.trace[1:])).all()
 
 
-def test_paired_bootstrap_agrees_with_the_normal_interval_and_with_cases_by_hand():
+def test_paired_bootstrap_agrees_with_the_normal_interval_and_draws_groups_whole():
     rng = random.Random(0)
     theirs = "".join("01"[rng.random() < 0.6] for _ in range(2000))
     ours = "".join(t if rng.random() < 0.8 else "01"[rng.random() < 0.8] for t in theirs)
-    found = text.paired_bootstrap(ours, theirs)
     d = [int(a) - int(b) for a, b in zip(ours, theirs)]
     mean = sum(d) / 2000
     half = 1.96 * (sum((x - mean) ** 2 for x in d) / 2000) ** 0.5 / 2000**0.5
-    assert found["difference"] == pytest.approx(mean)
+    found = text.paired_bootstrap(ours, theirs, list(range(2000)))
+    assert found["difference"] == pytest.approx(mean) and found["groups"] == found["n"] == 2000
     assert found["ci95"] == pytest.approx((mean - half, mean + half), abs=2e-3)
-    assert text.paired_bootstrap("1111", "1111")["ci95"] == (0, 0)
-    assert text.paired_bootstrap("11", "00")["difference"] == 1
+    # every prompt ten times over says nothing new
+    groups = [i for i in range(2000) for _ in range(10)]
+    tenfold = text.paired_bootstrap(*("".join(c * 10 for c in right) for right in (ours, theirs)), groups)
+    assert tenfold["ci95"] == pytest.approx(found["ci95"], abs=1e-6)
+    assert text.paired_bootstrap("1111", "1111", [0, 1, 2, 3])["ci95"] == (0, 0)
 
 
 def test_budgets_and_pace():
@@ -574,3 +602,13 @@ def test_bad_input_ends_with_exit_code_2_and_one_line(tmp_path):
     done = run("--help")
     options = "--task --data --test --evaluate --ask --seed --device --smoke --json --out"
     assert all(option in done.stdout for option in options.split())
+
+
+# --- the shipped checkpoint
+
+
+def test_the_shipped_model_answers(monkeypatch, capsys):
+    path = ROOT / "checkpoints/text_rm.pt"
+    assert path.stat().st_size <= 4 * 2**20
+    shown = in_process(monkeypatch, capsys, "--ask", "sum of all x|4 2:6|3 6:9", "--passes", "35")
+    assert "sum(" in shown and "after" in shown
