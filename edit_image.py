@@ -44,13 +44,13 @@ PAPER = {  # precision %, coverage %, MAE-RGB, PSNR, SSIM of arXiv 2606.16700: p
 }
 METHODS = {  # gamma, rotate of Eq. 2, and the share of instructions and of sources dropped for guidance
     "base": (0.0, False, 0.1),  # mask diffusion on captions and images; BASE_EDITS of its rows are edits
-    "sft": (0.0, False, 0.1),  # base, then mask diffusion of the whole target given instruction and source
+    "sft": (0.0, False, 0.0),  # base, then mask diffusion of the whole target given instruction and source
     "rm": (0.0, False, 0.0),  # base, then Reflective Masking in place
     "history": (0.9, True, 0.0),  # the same with History Reference
     "guided": (0.0, False, 0.1),  # the same as rm with dropout, for classifier-free guidance
 }
 BASE_EDITS = 0.1  # the paper's base model has seen some editing before its post-training, too
-BASE_STEPS = 0.5  # the base model's steps over those of each method that starts from it
+BASE_STEPS = 0.8  # the base model's steps over those of each method that starts from it
 LAWFUL = 0.2  # share of RM's rows that follow the paper's law of trajectories (revision_states)
 TRAINING = dict(batch_size=16, learning_rate=2e-3)
 TEST_SEED = 1_000_000  # of the held-out scenes
@@ -617,10 +617,9 @@ def two_phase(denoiser, tokens: Tensor, editable: Tensor, history: HistoryRefere
     history.reset()
     for turn in range(decoding.mask_steps + decoding.reveal_steps):
         logits = denoiser(history.push(tokens))
+        masking = masking & (turn < decoding.mask_steps)
         remasked = rule(logits, tokens, editable=editable & masking, allow_reveal=False)
-        masking = masking & (remasked != tokens).any(-1, keepdim=True) & (turn < decoding.mask_steps)
-        if decoding.mask_steps <= turn:
-            remasked = tokens  # the first phase is over for everyone
+        masking = masking & (remasked != tokens).any(-1, keepdim=True)
         masks = (remasked == MASK).sum(-1, keepdim=True)
         total = torch.where(revealed == 0, masks.clamp(min=1), total)
         revealed = revealed + ~masking
@@ -841,10 +840,10 @@ def training_run(model: Editor, method: str, pool: Pairs, args, steps: int, **ch
 
 
 def measured_steps(minutes: float, codec: Codec, pool: Pairs, args) -> int:
-    """How many steps of RM fit the time here, an even number: times 20 steps of a throw-away model after 5."""
+    """How many steps of RM fit the time here, a multiple of 5: times 20 steps of a throw-away model after 5."""
     run = training_run(Editor(codec).to(args.device), "rm", pool, args, 25)
     seconds = [stats["seconds"] for _, stats in run]
-    steps = max(2, 2 * int(minutes * 60 * 10 / (seconds[-1] - seconds[4])))
+    steps = max(5, 5 * int(minutes * 60 * 4 / (seconds[-1] - seconds[4])))  # so that base's are whole, too
     steps = torch.tensor(steps, device=args.device)
     if rm.dist.is_initialized():  # every process has to make the same number
         rm.dist.broadcast(steps, 0)
@@ -956,19 +955,17 @@ def train_all(args) -> dict:
         steps = round(read_checkpoint(args.out / "base.pt", args.device)[1]["steps"] / BASE_STEPS)
     else:
         steps = measured_steps(args.minutes / (len(args.methods) - 1 + BASE_STEPS), codec, pool, args)
+    trained = {method: train_method(method, steps, pool, codec, args) for method in args.methods}
+    if not rm.is_main_process():
+        return {}
     rows, training, shown = {}, {}, {}
-    for method in args.methods:
-        model, record = train_method(method, steps, pool, codec, args)
-        if not rm.is_main_process():
-            continue
+    for method, (model, record) in trained.items():
         training[method] = {key: record[key] for key in ("steps", "minutes", "curve", "settings", "provenance")}
         for label, decoding in decodings_of(method).items():
             score, tokens, masked = evaluate(model, record["gamma"], record["rotate"], test, decoding, args.precision)
             rows[", ".join(filter(None, (method, label)))] = score
             shown.setdefault(method, (tokens, masked))
             print(f"{method} {label}: exact {100 * score['exact']:.1f} %, {score['seconds']:.0f} s", flush=True)
-    if not rows:
-        return {}
     print_table(rows)
     draw_gallery(args.out / "gallery.png", codec, test, shown)
     result = {"rows": rows, "paper": PAPER, "training": training, "training_pairs": len(pool.source)}
@@ -1006,9 +1003,9 @@ def show_mask(codec: Codec, source: Tensor, masked: Tensor) -> np.ndarray:
 def draw_gallery(path: Path, codec: Codec, pairs: Pairs, shown: dict, most: int = 10) -> None:
     """A row an edit: instruction, source, predicted mask, each method's result, target, our error as heat.
 
-    Two edits a verb, in the order of the test set; ours is the last method shown.
+    Two edits a verb, in the order of the test set; ours is rm, or else the last method shown.
     """
-    plt, ours = pyplot(), next((name for name in ("history", "rm") if name in shown), list(shown)[-1])
+    plt, ours = pyplot(), "rm" if "rm" in shown else list(shown)[-1]
     seen, picks = Counter(), []
     for i, verb in enumerate(pairs.verbs):
         seen[verb] += 1
@@ -1019,6 +1016,7 @@ def draw_gallery(path: Path, codec: Codec, pairs: Pairs, shown: dict, most: int 
     heads = ["source", f"re-masked by {ours}", *shown, "target", f"error of {ours}"]
     size = (1.5 * len(heads), 1.75 * len(picks))
     fig, axes = plt.subplots(len(picks), len(heads), figsize=size, squeeze=False, layout="constrained")
+    fig.get_layout_engine().set(hspace=0.12, rect=(0, 0, 1, 1 - 0.15 / len(picks)))
     for row, i in zip(axes, picks):
         states = (pairs.source[i], *(edited[i] for edited, _ in shown.values()), pairs.target[i])
         images = [codec.decode_image(state).numpy() for state in states]
@@ -1029,7 +1027,8 @@ def draw_gallery(path: Path, codec: Codec, pairs: Pairs, shown: dict, most: int 
         row[-1].imshow(wrong.norm(dim=-1).numpy(), cmap="inferno", vmin=0, vmax=255)
         for axis in row:
             axis.set(xticks=[], yticks=[])
-        row[0].set_title(pairs.texts[i], fontsize=8, loc="left").set_in_layout(False)
+        title = row[0].text(0, 1.05, pairs.texts[i], fontsize=8, transform=row[0].transAxes)
+        title.set_in_layout(False)  # else it would widen the first column
     for axis, head in zip(axes[-1], heads):
         axis.set_xlabel(head, fontsize=8)
     save_figure(fig, path)
@@ -1100,7 +1099,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--methods", nargs="+", choices=METHODS, default=["base", "sft", "rm", "history"], metavar="M",
         help=f"which of {', '.join(METHODS)} (default: all but guided); base is always first")
     add("--minutes", type=float, default=20, help="training of all methods together (default 20), without evaluation")
-    add("--steps", type=int, help="train each method exactly this many steps instead, base half as many")
+    add("--steps", type=int, help="train each method exactly this many steps instead, base 0.8 of them")
     add("--dropout", type=float, help="share of instructions and sources dropped, of all but base")
     add("--precision", choices=["bf16", "float32"], help="default bf16 where the processor has it")
     add("--compile", action="store_true", help="torch.compile the network (needs a C++ compiler on CPU)")
