@@ -1120,6 +1120,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--out", type=Path, help="with --image the PNG; else a folder (default runs/image, with --smoke runs/smoke)")
     add("--json", type=Path, metavar="FILE", help="also write the result as JSON")
     add("--smoke", action="store_true", help="everything tiny, in seconds, to see that it runs")
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}\n")  # one line, no usage
     args = parser.parse_args()
     training = ["pool", "methods", "minutes", "steps", "dropout", "precision", "compile", "pairs"]
     editing = ["checkpoint", "decode", "mask_steps", "reveal_steps", "max_turns", "threshold"]

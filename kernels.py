@@ -1207,10 +1207,11 @@ def main() -> int:
     parts = {"decisions": benchmark_decisions, "history": benchmark_history, "losses": benchmark_losses}
     whole = {"recurrence": benchmark_recurrence, "revision": benchmark_revision}
     parser.add_argument("--only", choices=[*parts, *whole], help="time this part alone")
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}\n")  # one line, no usage
     options = parser.parse_args()
     cuda, name = options.device.split(":")[0] == "cuda" and torch.cuda.is_available(), "cpu"
     if not cuda and options.device != "cpu":
-        print(f"kernels.py: device {options.device!r} is not there", file=sys.stderr)
+        print(f"kernels.py: error: device {options.device!r} is not there", file=sys.stderr)
         return 2
     torch.manual_seed(0)
     if cuda:

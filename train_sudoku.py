@@ -915,6 +915,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--json", type=Path, metavar="FILE", help="also write the result as JSON")
     add("--gif", type=Path, metavar="FILE", help="with --revise or --solve: write the revision as an animation")
     add("--smoke", action="store_true", help="everything tiny, in seconds, to see that it runs")
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}\n")  # one line, no usage
     args = parser.parse_args()
     single = args.revise is not None or args.solve is not None
     if args.evaluate or args.puzzles or single:  # an option that would be ignored is an error

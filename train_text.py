@@ -1204,6 +1204,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--out", type=Path, help="where files go (default runs/text, with --smoke runs/smoke)")
     add("--json", type=Path, metavar="FILE", help="also write the result as JSON")
     add("--smoke", action="store_true", help="everything tiny, in seconds, to see that it runs")
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}\n")  # one line, no usage
     args = parser.parse_args()
     check_arguments(parser, args)
     return args

@@ -50,6 +50,7 @@ def test_the_recipe_trains_and_answers_with_a_foreign_model():
 
 
 def test_every_file_that_the_readme_names_exists():
-    named = set(re.findall(r"\]\(([\w/.]+)\)", README)) | set(re.findall(r"`((?:results|checkpoints)/[\w.]+)`", README))
+    prose = re.sub(r"```.*?```", "", README, flags=re.S)
+    named = set(re.findall(r"\]\(([\w/.]+)\)", prose)) | set(re.findall(r"`((?:results|checkpoints)/[\w.]+)`", prose))
     missing = [name for name in sorted(named) if not (ROOT / name).exists()]
     assert not missing and "@@" not in README
