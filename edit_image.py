@@ -900,8 +900,9 @@ def train_method(method: str, steps: int, pool: Pairs, codec: Codec, args) -> tu
     run = training_run(model, method, pool, args, steps, checkpoint=resume, notes=notes)
     every, mean = max(1, steps // 20), dict.fromkeys(("reveal", "remask", "keep"), 0.0)
     for step, stats in run:
-        mean = {key: value + stats[key].item() / every for key, value in mean.items()}
+        mean = {key: value + stats[key] / every for key, value in mean.items()}  # on the device: no wait
         if step % every == 0:  # the mean loss since the last point
+            mean = {key: value.item() for key, value in mean.items()}
             curve.append({"step": step, "minutes": stats["seconds"] / 60, **mean})
             left = stats["seconds"] / step * (steps - step)
             losses = f"reveal {mean['reveal']:.4f} re-mask {mean['remask']:.4f} keep {mean['keep']:.4f}"

@@ -262,7 +262,7 @@ def revision_loss(
     return revision_cross_entropy(logits, target, role, weights, head, impl)
 
 
-def weighed_reveal_loss(
+def weighted_reveal_loss(
     logits: Tensor, target: Tensor, role: Tensor, position_weight: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The loss of plain mask diffusion: the mean over the masked positions of weight times cross-entropy.
@@ -494,7 +494,7 @@ def _row_keys(tokens: Tensor) -> list[bytes]:
 
 # A batch: states int64 [K, B, N] oldest first with ABSENT where a history is shorter (history_until), clean int64
 # [B, N], editable bool [B, N] or None: the positions that have a loss.  With a fourth element, float [B, N], the masked
-# positions alone have a loss, weighed by it (weighed_reveal_loss).
+# positions alone have a loss, weighted by it (weighted_reveal_loss).
 Batch = tuple[Tensor, Tensor, Tensor | None] | tuple[Tensor, Tensor, Tensor | None, Tensor]
 
 MUON_FACTOR = 8  # Muon's learning rate over AdamW's: an update of Muon has about the spectral norm 1
@@ -536,7 +536,7 @@ def train(
     labels any state, so these need no other loss.  Ours; the paper trains on synthetic trajectories alone (0).
     accept: a check that needs no truth, int64 [B, N] -> bool [B], such as the rules of a puzzle or the tests of a
     program; a state it accepts ends its row too.  Meant for inputs with several equally likely answers, where the
-    oracle calls a good answer wrong as often as not; its effect alone has not been measured.
+    oracle calls a good answer wrong as often as not; alone it has shown no gain yet.
     precision: "float32" or "bf16" (autocast).  compile: torch.compile the network.
     checkpoint: a file, written by rename after every checkpoint_every steps, when the caller asks for the next; when
     it exists the run goes on from it, on CPU with the same result as an unbroken run.  notes: saved in it as it is.
@@ -614,7 +614,7 @@ def train(
         if position_weight is None:
             total, reveal, remask, keep = revision_loss(logits, target, role, weights)
         else:
-            total, reveal, remask, keep = weighed_reveal_loss(logits, target, role, position_weight)
+            total, reveal, remask, keep = weighted_reveal_loss(logits, target, role, position_weight)
         for optimizer in optimizers:
             optimizer.zero_grad()
         objective = total

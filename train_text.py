@@ -1,9 +1,9 @@
 """Task 2: text.  A small mask diffusion model writes an answer to a prompt, then revises it.
 
     python train_text.py                             base, SFT and RM on --task code, 25 minutes of training, table
-    python train_text.py --task all --history        the README's run: math, code and choice, RM with history too
+    python train_text.py --task all --history        math, code and choice mixed, RM with history too
     python train_text.py --evaluate                  score the shipped checkpoint
-    python train_text.py --ask "solve 3x+5=20"       watch it write and revise
+    python train_text.py --ask "odds|4 3:3|1 7:1 7"  watch it write and revise
     python train_text.py --data TRAIN.jsonl --test TEST.jsonl --grader exact    {"prompt": ..., "answer": ...} a line
 
 Reading order: text and tokens, tasks, graders, training data, decoding, evaluation, training, reports, command line.
@@ -889,7 +889,7 @@ def train_variant(variant: str, steps: int | None, problems, tokenizer: Tokenize
     saving = dict(checkpoint=resume, checkpoint_every=every, notes=notes)
     run = stage(variant, model, base, pool, tokenizer, args, steps, **saving)
     for step, stats in run:
-        if not main or step % max(1, every // 10) and step < steps:
+        if not main or step % max(1, every // 10) and step % every and step < steps:
             continue
         if step % every == 0 or step == steps:
             losses = {key: stats[key].item() for key in ("reveal", "remask", "keep")}

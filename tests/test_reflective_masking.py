@@ -197,7 +197,7 @@ def test_plain_mask_diffusion_weighs_masked_positions():
     for row, t, r, w in zip(logits.view(12, 6).tolist(), *(x.flatten().tolist() for x in (target, role, weight))):
         if r == REVEAL:
             terms.append(w * (math.log(sum(map(math.exp, row))) - row[t]))
-    total, *parts = rm.weighed_reveal_loss(logits, target, role, weight)
+    total, *parts = rm.weighted_reveal_loss(logits, target, role, weight)
     assert total.item() == pytest.approx(sum(terms) / len(terms)) and [p.item() for p in parts] == [total.item(), 0, 0]
 
 
