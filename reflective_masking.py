@@ -46,7 +46,8 @@ from kernels import decide_from_hidden, decide_from_logits, revision_cross_entro
 class TransformerConfig:
     """Size and position scheme; saved inside every checkpoint.
 
-    positions: "learned" adds an embedding for each coordinate of a position; "rotary" turns queries and keys.
+    positions: "learned" adds an embedding for each coordinate of a position; "rotary" turns queries and keys by the
+    index, on a grid half of each head by the first coordinate and half by the second; "both" does both.
     coordinates: N rows of K small integers, the same length each: where position n is along each axis, for
     instance row and column of a pixel; None: the index alone.  With K >= 2, every head also learns one bias for
     each combination of coordinates that two positions share (same row, same row and column, ...).
@@ -68,7 +69,7 @@ class Block(nn.Module):
     def __init__(self, config: TransformerConfig, relations: int):
         super().__init__()
         width = config.width
-        self.heads, self.rotary = config.heads, config.positions == "rotary"
+        self.heads, self.rotary = config.heads, config.positions != "learned"
         self.attention_norm, self.feed_forward_norm = nn.RMSNorm(width), nn.RMSNorm(width)
         self.query_key_value = nn.Linear(width, 3 * width, bias=False)
         self.attention_out = nn.Linear(width, width, bias=False)
@@ -112,27 +113,29 @@ class MaskDiffusionTransformer(nn.Module):
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
-        if config.positions not in ("learned", "rotary"):
-            raise ValueError(f"positions must be 'learned' or 'rotary', got {config.positions!r}")
-        if config.width % (2 * config.heads):
-            raise ValueError(f"width {config.width} must be a multiple of 2 * heads, heads {config.heads}")
+        if config.positions not in ("learned", "rotary", "both"):
+            raise ValueError(f"positions must be 'learned', 'rotary' or 'both', got {config.positions!r}")
+        coordinates = torch.tensor(config.coordinates or [[n] for n in range(config.length)])
+        axes = coordinates.shape[1]
+        parts = config.heads * (2 if axes == 1 else 4)
+        if config.width % parts:
+            raise ValueError(f"width {config.width} must be a multiple of {parts}, heads {config.heads}")
         if config.coordinates and len(config.coordinates) != config.length:
             raise ValueError(f"coordinates has {len(config.coordinates)} rows, length is {config.length}")
         self.config = config
         self.embedding = nn.Parameter(torch.randn(config.vocabulary, config.width) * config.width**-0.5)
-        coordinates = torch.tensor(config.coordinates or [[n] for n in range(config.length)])
         shared = (coordinates[:, None] == coordinates[None, :]).long()  # [N, N, K]
-        axes = coordinates.shape[1]
         self.register_buffer("relation", (shared << torch.arange(axes)).sum(-1), persistent=False)
         self.register_buffer("coordinates", coordinates, persistent=False)
-        if config.positions == "learned":
+        if config.positions != "rotary":
             self.position = nn.ParameterList(
                 nn.Parameter(torch.randn(int(column.max()) + 1, config.width) * 0.3) for column in coordinates.T
             )
-        if config.positions == "rotary":  # a table: torch.compile would work the angles out for every element
-            width = config.width // config.heads
-            frequency = 10000.0 ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
-            angle = torch.arange(config.length).unsqueeze(-1) * frequency
+        if config.positions != "learned":  # a table: torch.compile would work the angles out for every element
+            turned = coordinates[:, :2].double().unsqueeze(-1)  # [N, 1 or 2, 1]
+            pairs = config.width // config.heads // 2 // turned.shape[1]  # of an axis
+            base = 10000.0 if axes == 1 else 100.0  # a sequence is long, a grid is short
+            angle = (turned * base ** (-torch.arange(pairs, dtype=torch.float64) / pairs)).flatten(1)
             table = torch.stack([angle.cos(), angle.sin()])
             self.register_buffer("rotation", table.to(torch.get_default_dtype()), persistent=False)
         self.blocks = nn.ModuleList(Block(config, 2**axes if axes > 1 else 0) for _ in range(config.layers))
@@ -147,7 +150,7 @@ class MaskDiffusionTransformer(nn.Module):
             )
         if self.config.positions == "learned":
             x = x + sum(table[axis[:length]] for table, axis in zip(self.position, self.coordinates.T))
-        rotation = self.rotation[:, :length] if self.config.positions == "rotary" else None
+        rotation = self.rotation[:, :length] if self.config.positions != "learned" else None
         for block in self.blocks:
             x = block(x, self.relation[:length, :length], rotation)
         return self.head(self.norm(x))
