@@ -50,7 +50,7 @@ METHODS = {  # gamma, rotate of Eq. 2, and the share of instructions and of sour
     "guided": (0.0, False, 0.1),  # the same as rm with dropout, for classifier-free guidance
 }
 BASE_EDITS = 0.1  # the paper's base model has seen some editing before its post-training, too
-BASE_STEPS = 0.8  # the base model's steps over those of each method that starts from it
+BASE_STEPS = 0.2  # the base model's steps over those of each method that starts from it
 LAWFUL = 0.2  # share of RM's rows that follow the paper's law of trajectories (revision_states)
 TRAINING = dict(batch_size=16, learning_rate=2e-3)
 TEST_SEED = 1_000_000  # of the held-out scenes
@@ -468,7 +468,7 @@ class Editor(nn.Module):
         words = [[codec.height, codec.width + i, 0, 1] for i in range(codec.length)]
         blocks = -(-codec.width // 4)
         grid = [[y, x, 1 + y // 4 * blocks + x // 4, 0] for y in range(codec.height) for x in range(codec.width)]
-        config = TransformerConfig(codec.vocabulary, codec.prompt, heads=2, coordinates=words + grid)
+        config = TransformerConfig(codec.vocabulary, codec.prompt, heads=2, positions="both", coordinates=words + grid)
         self.codec, self.network = codec, network or MaskDiffusionTransformer(config)
 
     @property
@@ -1100,7 +1100,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--methods", nargs="+", choices=METHODS, default=["base", "sft", "rm", "history"], metavar="M",
         help=f"which of {', '.join(METHODS)} (default: all but guided); base is always first")
     add("--minutes", type=float, default=20, help="training of all methods together (default 20), without evaluation")
-    add("--steps", type=int, help="train each method exactly this many steps instead, base 0.8 of them")
+    add("--steps", type=int, help="train each method exactly this many steps instead, base 0.2 of them")
     add("--dropout", type=float, help="share of instructions and sources dropped, of all but base")
     add("--precision", choices=["bf16", "float32"], help="default bf16 where the processor has it")
     add("--compile", action="store_true", help="torch.compile the network (needs a C++ compiler on CPU)")
