@@ -52,7 +52,7 @@ METHODS = {  # gamma, rotate of Eq. 2, and the share of instructions and of sour
 BASE_EDITS = 0.1  # the paper's base model has seen some editing before its post-training, too
 BASE_STEPS = 0.2  # the base model's steps over those of each method that starts from it
 LAWFUL = 0.2  # share of RM's rows that follow the paper's law of trajectories (revision_states)
-TRAINING = dict(batch_size=16, learning_rate=2e-3)
+TRAINING = dict(batch_size=16, learning_rate=2e-3, muon_factor=3)
 TEST_SEED = 1_000_000  # of the held-out scenes
 
 # ---------------------------------------------------------------------------------------------------------------

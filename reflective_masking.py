@@ -500,8 +500,6 @@ def _row_keys(tokens: Tensor) -> list[bytes]:
 # positions alone have a loss, weighted by it (weighted_reveal_loss).
 Batch = tuple[Tensor, Tensor, Tensor | None] | tuple[Tensor, Tensor, Tensor | None, Tensor]
 
-MUON_FACTOR = 8  # Muon's learning rate over AdamW's: an update of Muon has about the spectral norm 1
-
 
 def train(
     model: MaskDiffusionTransformer,
@@ -512,6 +510,7 @@ def train(
     gamma: float = 0.9,
     rotate: bool = True,
     learning_rate: float = 2.5e-3,
+    muon_factor: float = 8,
     warmup: int = 200,
     weight_decay: float = 0.01,
     clip: float = 1.0,
@@ -532,7 +531,8 @@ def train(
 
     sample(batch_size, generator) returns a Batch on the model's device; the generator is seeded by (seed, step),
     so a run can be resumed anywhere.  Optimiser: Muon for the matrices of the blocks, AdamW for the rest;
-    learning_rate is AdamW's, Muon's is MUON_FACTOR times that; linear warm-up over warmup steps, cosine to 0.
+    learning_rate is AdamW's, Muon's is muon_factor times that (an update of Muon has about the spectral norm 1); linear
+    warm-up over warmup steps, cosine to 0.
     clip: largest gradient norm.  gamma, rotate: Eq. 2.  weights: revision_loss.
     own_states: the share of the batch that goes on from the model's own decision of the step before (Eq. 1 on the
     logits of the training step, so it costs no forward pass) until it settles or has window states.  The oracle
@@ -574,7 +574,7 @@ def train(
     others = [p for p in model.parameters() if id(p) not in chosen]
     optimizers = [torch.optim.AdamW(others, learning_rate, betas=(0.9, 0.98), weight_decay=0.0)]
     if matrices:
-        optimizers.append(torch.optim.Muon(matrices, MUON_FACTOR * learning_rate, weight_decay=weight_decay))
+        optimizers.append(torch.optim.Muon(matrices, muon_factor * learning_rate, weight_decay=weight_decay))
 
     def scale(step: int) -> float:
         return min((step + 1) / max(warmup, 1), 0.5 + 0.5 * math.cos(math.pi * step / steps))

@@ -568,7 +568,7 @@ def test_training_writes_table_gallery_and_checkpoints(trained, monkeypatch, cap
     assert len({row["params"] for row in result["rows"].values()}) == 1
     assert {row["n"] for row in result["rows"].values()} == {6}
     steps = {method: record["steps"] for method, record in result["training"].items()}
-    assert steps == dict.fromkeys(image.METHODS, 2)
+    assert steps == dict.fromkeys(image.METHODS, 2) | {"base": 1}
     assert result["rows"]["sft"]["decoding"]["reveal_steps"] == 16
     assert Image.open(folder / "out/gallery.png").size[0] > 600
     assert all((folder / f"out/{method}.pt").stat().st_size < 4e6 for method in image.METHODS)
@@ -590,7 +590,7 @@ def test_a_killed_training_goes_on_to_the_same_model(trained, monkeypatch):
 
     monkeypatch.setattr(rm, "train", interrupted)
     again = [*arguments[:-4], "--out", folder / "again", "--steps", "2", "--methods", "rm"]
-    left += ["kill", "rm 1", "base 2", "base 1"]  # in the second step of rm
+    left += ["kill", "rm 1", "base 1"]  # in the second step of rm
     with pytest.raises(KeyboardInterrupt):
         run(monkeypatch, *again)
     assert (folder / "again/rm.resume.pt").exists() and (folder / "again/base.pt").exists()
