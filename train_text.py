@@ -394,17 +394,9 @@ TASKS = {  # task -> subject -> templates
 MIXTURE = {"math": 0.5, "code": 0.4, "choice": 0.1}  # of --task all
 
 
-def split_key(prompt: str) -> str:
-    """The part of a prompt that is the problem: a specification of code without its examples."""
-    return prompt.split("|")[0]
-
-
 def split_of(prompt: str) -> str:
-    """train, validation or test: a tenth of all prompts each for the last two.
-
-    A hash of the prompt decides; of a specification of code the words alone, so that tested programs are new.
-    """
-    return {0: "test", 1: "validation"}.get(zlib.crc32(split_key(prompt).encode()) % 10, "train")
+    """train, validation or test, by a hash of the prompt: a tenth of all prompts each for the last two."""
+    return {0: "test", 1: "validation"}.get(zlib.crc32(prompt.encode()) % 10, "train")
 
 
 def generate(task: str, count: int, split: str, seed: int, largest: int) -> list[Problem]:
@@ -645,17 +637,22 @@ def pace(length: int, passes: int, haste: float) -> int:
     return max(1, min(length, math.ceil(haste * length / passes)))
 
 
+def haste_at(chosen: list[tuple[int, float]], passes: int) -> float:
+    """The haste chosen for that many passes, or for the nearest number below (else the first)."""
+    return max((pair for pair in chosen if pair[0] <= passes), default=chosen[0])[1]
+
+
 @torch.no_grad()
 def decode(model, info: dict, rows: Tensor, passes: int, args, chunk: int = 256) -> list[rm.Revision]:
     """Answers in at most `passes` forward passes; rows int64 [n, prompt + answer], MASK where the answer goes.
 
     base and sft: LLaDA's low-confidence decoding, as many of the most confident reveals a pass as needed, nothing is
-    re-masked.  rm and history: the same with re-masking in parallel (Eq. 1) at `haste` times that pace, and with
-    the passes left over as free turns of revision.  One Revision a chunk of rows, with its trace.
+    re-masked.  rm and history: the same with re-masking in parallel (Eq. 1) at info["haste"] times that pace, and
+    with the passes left over as free turns of revision.  One Revision a chunk of rows, with its trace.
     """
     low_confidence = info["variant"] in ("base", "sft")
     length = info["tokenizer"]["answer_length"]
-    reveal = pace(length, passes, 1.0 if low_confidence else args.haste)
+    reveal = pace(length, passes, 1.0 if low_confidence else haste_at(info["haste"], passes))
     device = model.embedding.device
 
     def denoiser(embedded: Tensor) -> Tensor:
@@ -678,33 +675,22 @@ def decode(model, info: dict, rows: Tensor, passes: int, args, chunk: int = 256)
 # Evaluation
 
 
-def groups_of(problems: list[Problem]) -> list[int]:
-    """The number of each problem's split_key, equal where the problem is the same with other examples."""
-    numbers: dict[str, int] = {}
-    return [numbers.setdefault(split_key(problem.prompt), len(numbers)) for problem in problems]
+def bootstrap_interval(values: list[int], draws: int = 10_000) -> tuple[float, float]:
+    """The 95 % interval of the mean of values, a value a prompt, by resampling the prompts.
 
-
-def bootstrap_interval(values: list[int], groups: list[int], draws: int = 10_000) -> tuple[float, float]:
-    """The 95 % interval of the mean of values, by resampling whole groups of prompts.
-
-    groups: the number of each value's group.  Prompts that share a specification stand or fall together, so they are
-    drawn together; where every prompt is its own group this is the plain bootstrap.  The same draws for the same groups,
-    so a difference of two models' values (paired by prompt) is a paired bootstrap.
+    The same draws for the same number of prompts, so a difference of two models' values, paired by prompt, is a paired
+    bootstrap.
     """
-    number = torch.tensor(groups)
-    count = torch.zeros(int(number.max()) + 1)
-    total = count.index_add(0, number, torch.tensor(values, dtype=torch.float))
-    count = count.index_add(0, number, torch.ones(len(values)))
-    drawn = torch.randint(len(count), (draws, len(count)), generator=torch.Generator().manual_seed(0))
-    means = total[drawn].sum(-1) / count[drawn].sum(-1)
-    return tuple(means.quantile(torch.tensor([0.025, 0.975])).tolist())
+    values, generator, means = torch.tensor(values, dtype=torch.float), torch.Generator().manual_seed(0), []
+    for _ in range(0, draws, 500):
+        means.append(values[torch.randint(len(values), (500, len(values)), generator=generator)].mean(-1))
+    return tuple(torch.cat(means).quantile(torch.tensor([0.025, 0.975])).tolist())
 
 
-def paired_bootstrap(ours: str, theirs: str, groups: list[int]) -> dict:
+def paired_bootstrap(ours: str, theirs: str) -> dict:
     """Share right, ours minus theirs ("0" and "1" a prompt, the same prompts): difference and its 95 % interval."""
     values = [int(a) - int(b) for a, b in zip(ours, theirs)]
-    interval = bootstrap_interval(values, groups)
-    return {"difference": sum(values) / len(values), "ci95": interval, "n": len(values), "groups": len(set(groups))}
+    return {"difference": sum(values) / len(values), "ci95": bootstrap_interval(values), "n": len(values)}
 
 
 def evaluate(model, info: dict, problems: list[Problem], grader: str, passes: int, args) -> dict:
@@ -743,7 +729,7 @@ def evaluate(model, info: dict, problems: list[Problem], grader: str, passes: in
         subjects.setdefault(problem.subject, []).append(verdict)
     score = {
         "accuracy": sum(right) / n,
-        "ci95": bootstrap_interval(right, groups_of(problems), 2000),
+        "ci95": bootstrap_interval(right, 2000),
         "n": n,
         "passes": passes,
         "mean_passes": sum(turns) / n,
@@ -875,7 +861,8 @@ def train_variant(variant: str, steps: int | None, problems, tokenizer: Tokenize
     label, gamma, rotate = VARIANTS[variant]
     info = {"variant": variant, "trained_on": name, "gamma": gamma, "rotate": rotate, "tokenizer": dict(
         symbols=tokenizer.symbols, words=tokenizer.words, prompt_length=tokenizer.prompt_length,
-        answer_length=tokenizer.answer_length), "graders": graders, "haste": args.haste, "largest": args.largest}
+        answer_length=tokenizer.answer_length), "graders": graders, "haste": [(1, args.haste[-1])],
+        "largest": args.largest}
     model, resume, curve = new_model(tokenizer, args), path.with_suffix(".resume.pt"), []
     if base is not None:
         model.load_state_dict(base.state_dict())
@@ -906,6 +893,8 @@ def train_variant(variant: str, steps: int | None, problems, tokenizer: Tokenize
         line += f" {left // 60:.0f}:{left % 60:02.0f} left"
         terminal = sys.stdout.isatty()
         print(f"\r{line}\033[K" if terminal else line, end="" if terminal and step < steps else "\n", flush=True)
+    if main and variant in ("rm", "history"):
+        info["haste"] = choose_haste(model, info, validation, args)
     record = info | {"seed": args.seed, "steps": steps, "minutes": stats["seconds"] / 60, "settings": settings}
     record |= {"params": sum(p.numel() for p in model.parameters()), "compiled": args.compile,
                "precision": args.precision, "provenance": rm.provenance()}
@@ -919,6 +908,20 @@ def train_variant(variant: str, steps: int | None, problems, tokenizer: Tokenize
     if rm.dist.is_initialized():
         rm.dist.barrier()
     return record
+
+
+def choose_haste(model, info: dict, validation: dict[str, list[Problem]], args) -> list[tuple[int, float]]:
+    """For every number of forward passes that of --haste which is best on the validation problems."""
+    chosen = []
+    for passes in args.passes or budgets(info["tokenizer"]["answer_length"]):
+        right = {}
+        for haste in args.haste if len(args.haste) > 1 else []:
+            trial = info | {"haste": [(1, haste)]}
+            scores = [evaluate(model, trial, validation[f], info["graders"][f], passes, args) for f in validation]
+            right[haste] = sum(score["accuracy"] for score in scores)
+        chosen.append((passes, max(right, key=right.get, default=args.haste[0])))
+    print("haste by forward passes: " + ", ".join(f"{haste:g} at {passes}" for passes, haste in chosen), flush=True)
+    return chosen
 
 
 def evaluate_all(model, info: dict, test: dict[str, list[Problem]], args) -> dict[str, list[dict]]:
@@ -982,7 +985,7 @@ def train_all(args) -> dict:
             base, _ = rm.load_checkpoint(args.out / f"{name}_base_seed{args.seed}.pt", "text", args.device)
     if not rm.is_main_process():
         return {}
-    result = report(records, test, tokenizer.answer_length)
+    result = report(records, tokenizer.answer_length)
     print_report(result)
     draw_curves(args.out / f"text_{name}.png", result)
     result["records"] = {v: {k: r[k] for k in ("steps", "minutes", "params", "settings", "provenance", "curve")}
@@ -995,7 +998,7 @@ def train_all(args) -> dict:
 # Reports
 
 
-def report(records: dict[str, dict], test: dict[str, list[Problem]], length: int) -> dict:
+def report(records: dict[str, dict], length: int) -> dict:
     """Scores by variant and family, and the paired differences to SFT at equal numbers of forward passes."""
     scores = {variant: record["test"] for variant, record in records.items()}
     against = {}
@@ -1008,7 +1011,7 @@ def report(records: dict[str, dict], test: dict[str, list[Problem]], length: int
             last = theirs[max(theirs)]  # beyond N passes SFT stays as it is
             against[variant][family] = [
                 {"passes": row["passes"]} | paired_bootstrap(
-                    row["right"], theirs.get(row["passes"], last)["right"], groups_of(test[family]))
+                    row["right"], theirs.get(row["passes"], last)["right"])
                 for row in rows
             ]
     return {"answer_length": length, "scores": scores, "minus_sft": against}
@@ -1039,7 +1042,7 @@ def print_report(result: dict) -> None:
             for row in differences[family]:
                 low, high = (100 * bound for bound in row["ci95"])
                 print(f"  {VARIANTS[variant][0]} minus SFT at {row['passes']} passes: "
-                      f"{100 * row['difference']:+.1f} points ({low:+.1f} to {high:+.1f}), n = {row['n']} in {row['groups']} groups")
+                      f"{100 * row['difference']:+.1f} points ({low:+.1f} to {high:+.1f}), n = {row['n']}")
         for variant in result["minus_sft"]:
             row = at(scores[variant][family], shares["N/4"])
             print(f"  {VARIANTS[variant][0]} at {row['passes']} passes: {row['remasks']:.2f} re-masks an answer, "
@@ -1139,7 +1142,7 @@ def evaluate_checkpoint(args) -> dict:
     for family, problems in test.items():
         tokenizer.rows([p.prompt for p in problems], where=lambda i: f"{args.test or family} line {i + 1}")
     scores = evaluate_all(model, info, test, args)
-    return {"variant": info["variant"], "scores": scores, "seed": args.test_seed, "haste": args.haste,
+    return {"variant": info["variant"], "scores": scores, "seed": args.test_seed, "haste": info["haste"],
             "params": sum(p.numel() for p in model.parameters()), "checkpoint": args.checkpoint.name,
             "precision": args.precision, "provenance": rm.provenance()}
 
@@ -1172,7 +1175,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--largest", type=int, default=9, help="difficulty: the largest number in most problems (default 9)")
     add("--pool", type=int, default=100_000, help="generated training problems (default 100000)")
     add("--n", type=int, default=1050, help="test problems a family at most (default 1050)")
-    add("--validation", type=int, default=210, help="validation problems, shown while training (default 210)")
+    add("--validation", type=int, default=300, help="validation problems, for the curve and --haste (default 300)")
     add = parser.add_argument_group("training").add_argument
     add("--history", action="store_true", help="also train RM + history (Eq. 2, gamma 0.9 with rotation)")
     add("--minutes", type=float, default=25, help="training time of all models; turned into steps (default 25)")
@@ -1196,7 +1199,8 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument_group("decoding and evaluation").add_argument
     add("--checkpoint", type=Path, default=HERE / "checkpoints/text_rm.pt", help="default: the shipped one")
     add("--passes", type=int, nargs="+", help="forward passes at most (default: N/16 to 2N; with --ask N)")
-    add("--haste", type=float, default=2.0, help="RM reveals so many times as fast as it must, then revises (default 2)")
+    add("--haste", type=float, nargs="+", help="RM reveals so many times as fast as it must, then revises; training takes "
+        "of several the best on validation problems, by passes (default 1 2; of a checkpoint: as chosen then)")
     add("--remask-limit", type=int, help="re-masks of a position at most (default: no limit)")
     add("--test-seed", type=int, default=1, help="of the generated test problems (default 1)")
     add = parser.add_argument_group("general").add_argument
@@ -1240,11 +1244,17 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
         args.passes = args.passes or [1, 3]
         args.width, args.layers, args.batch_size = 32, 1, 8
     args.out = args.out or HERE / ("runs/smoke" if args.smoke else "runs/text")
-    positive = "n validation pool batch_size width layers top_k own_reveal minutes learning_rate tuning_rate haste "
+    positive = "n validation pool batch_size width layers top_k own_reveal minutes learning_rate tuning_rate "
     for name in (positive + "steps base_steps").split():
         value = getattr(args, name)
         if value is not None and not 0 < value < 1e9:
             parser.error(f"--{name.replace('_', '-')} must be positive")
+    if args.haste and not all(0 < haste < 1e9 for haste in args.haste):
+        parser.error("--haste must be positive")
+    if args.haste and len(args.haste) > 1 and using:
+        parser.error("--haste takes several values in training alone")
+    if not using:
+        args.haste = args.haste or [1.0, 2.0]
     if args.width % 8:
         parser.error("--width must be a multiple of 8")
     if args.largest < 5 or args.largest > 99:
@@ -1267,6 +1277,8 @@ def load(args) -> None:
         args.model = rm.load_checkpoint(args.checkpoint, "text", args.device)
     except ValueError as error:
         raise InputError(str(error)) from None
+    if args.haste:
+        args.model[1]["haste"] = [(1, args.haste[0])]
 
 
 def main() -> None:
