@@ -18,7 +18,6 @@ import argparse
 import json
 import math
 import random
-import sys
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -33,7 +32,7 @@ from torch import Tensor, nn
 
 import reflective_masking as rm
 from history import ABSENT, HistoryReference, rms_norm
-from reflective_masking import MaskDiffusionTransformer, TransformerConfig
+from reflective_masking import InputError, MaskDiffusionTransformer, TransformerConfig
 
 HERE = Path(__file__).parent
 MASK = 0
@@ -54,6 +53,7 @@ BASE_STEPS = 0.2  # the base model's steps over those of each method that starts
 LAWFUL = 0.2  # share of RM's rows that follow the paper's law of trajectories (revision_states)
 TRAINING = dict(batch_size=16, learning_rate=2e-3, muon_factor=3)
 TEST_SEED = 1_000_000  # of the held-out scenes
+NEEDS = ("codec", "method", "gamma", "rotate")  # what a checkpoint must say
 
 # ---------------------------------------------------------------------------------------------------------------
 # Scenes: 16x16 pixel art, drawn so that source and instruction determine the target
@@ -295,10 +295,6 @@ def scene_words() -> list[str]:
 
 # ---------------------------------------------------------------------------------------------------------------
 # Pairs and their tokens
-
-
-class InputError(Exception):
-    """Something the user gave is wrong: one line on stderr, exit code 2."""
 
 
 @dataclass
@@ -724,16 +720,6 @@ def measure(edited: Tensor, source: Tensor, target: Tensor) -> dict[str, Tensor]
     }
 
 
-def wilson_interval(successes: int, n: int, z: float = 1.96) -> list[float]:
-    """95 % Wilson score interval of a share; [0, 1] where nothing was counted."""
-    if not n:
-        return [0.0, 1.0]
-    share, wide = successes / n, z * z / n
-    middle = (share + wide / 2) / (1 + wide)
-    half = z * math.sqrt(share * (1 - share) / n + wide / (4 * n)) / (1 + wide)
-    return [max(0.0, middle - half), min(1.0, middle + half)]
-
-
 def summarize(values: Tensor) -> dict:
     """Mean with a 95 % interval over the finite values, median over all but NaN, and how many are not finite.
 
@@ -774,7 +760,7 @@ def evaluate(
 
     def exact(rows: Tensor) -> dict:
         count, hits = int(rows.sum()), int(right[rows].sum())
-        return {"n": count, "exact": hits / max(count, 1), "ci95_exact": wilson_interval(hits, count)}
+        return {"n": count, "exact": hits / max(count, 1), "ci95_exact": rm.wilson_interval(hits, count)}
 
     groups = {verb: torch.tensor([v == verb for v in pairs.verbs]) for verb in dict.fromkeys(pairs.verbs)}
     record = exact(torch.ones(n, dtype=torch.bool)) | {name: summarize(value) for name, value in values.items()}
@@ -850,23 +836,6 @@ def measured_steps(minutes: float, codec: Codec, pool: Pairs, args) -> int:
     return int(steps)
 
 
-def require_same(settings: dict, found: dict, path: Path) -> None:
-    """A run goes on, or counts as done, only under the settings it was started with."""
-    other = {key: found.get(key) for key in settings if found.get(key) != settings[key]}
-    if other:
-        raise InputError(f"{path} was made with {other}: use another --out, or delete it")
-
-
-def read_checkpoint(path: Path, device: torch.device) -> tuple[MaskDiffusionTransformer, dict]:
-    try:
-        network, record = rm.load_checkpoint(path, "image", device)
-        if not {"codec", "method", "gamma", "rotate"} <= record.keys():
-            raise ValueError(f"{path} does not say its codec, method, gamma and rotate")
-        return network, record
-    except ValueError as error:
-        raise InputError(str(error)) from None
-
-
 def train_method(method: str, steps: int, pool: Pairs, codec: Codec, args) -> tuple[Editor, dict]:
     """Trains, resumes or reads back one method; all but base start from OUT/base.pt.  Writes OUT/<method>.pt.
 
@@ -880,19 +849,19 @@ def train_method(method: str, steps: int, pool: Pairs, codec: Codec, args) -> tu
     if args.steps:
         settings["steps"] = steps
     if path.exists():
-        network, record = read_checkpoint(path, args.device)
-        require_same(settings, record["settings"], path)
+        network, record = rm.load_checkpoint(path, "image", args.device, NEEDS)
+        rm.require_same(settings, record["settings"], path)
         if main:
             print(f"{path} is there, {method} is done")
         return Editor(codec, network), record
     torch.manual_seed(args.seed)
     model = Editor(codec).to(args.device)
     if method != "base":
-        model = Editor(codec, read_checkpoint(args.out / "base.pt", args.device)[0]).train()
+        model = Editor(codec, rm.load_checkpoint(args.out / "base.pt", "image", args.device, NEEDS)[0]).train()
     resume, curve = path.with_suffix(".resume.pt"), []
     if resume.exists():
         notes = torch.load(resume, map_location="cpu", weights_only=True)["notes"]
-        require_same(settings, notes["settings"], resume)
+        rm.require_same(settings, notes["settings"], resume)
         steps, curve = notes["steps"], notes["curve"]
     notes = {"steps": steps, "curve": curve, "settings": settings}
     if main:
@@ -923,15 +892,6 @@ def train_method(method: str, steps: int, pool: Pairs, codec: Codec, args) -> tu
     return model, record
 
 
-def write_json(path: Path, contents: dict) -> None:
-    """Writes JSON by rename, and says so."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(contents, indent=1) + "\n")
-    temporary.replace(path)
-    print(f"wrote {path}")
-
-
 def load_pairs(args) -> tuple[Pairs, Pairs, Codec]:
     """Training pairs, test pairs and the codec: our own scenes, or --pairs and --test."""
     if not args.pairs:
@@ -953,7 +913,7 @@ def train_all(args) -> dict:
     if args.steps:
         steps = args.steps
     elif (args.out / "base.pt").exists():  # a run that goes on
-        steps = round(read_checkpoint(args.out / "base.pt", args.device)[1]["steps"] / BASE_STEPS)
+        steps = round(rm.load_checkpoint(args.out / "base.pt", "image", args.device, NEEDS)[1]["steps"] / BASE_STEPS)
     else:
         steps = measured_steps(args.minutes / (len(args.methods) - 1 + BASE_STEPS), codec, pool, args)
     trained = {method: train_method(method, steps, pool, codec, args) for method in args.methods}
@@ -971,7 +931,7 @@ def train_all(args) -> dict:
     draw_gallery(args.out / "gallery.png", codec, test, shown)
     result = {"rows": rows, "paper": PAPER, "training": training, "training_pairs": len(pool.source)}
     result |= {"seed": args.seed, "provenance": rm.provenance()}
-    write_json(args.out / "table.json", result)
+    rm.write_json(args.out / "table.json", result)
     return result
 
 
@@ -1165,18 +1125,15 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_arguments()
-    try:
-        args.device = rm.start_device(args.device)
-    except ValueError as error:
-        raise InputError(str(error)) from None
+    args.device = rm.start_device(args.device)
     args.precision = args.precision or rm.best_precision(args.device)
     if rm.dist.is_initialized() and (args.evaluate or args.image):
         raise InputError("torchrun is for training; run this with one process")
     if args.image:
-        network, record = read_checkpoint(args.checkpoint, args.device)
+        network, record = rm.load_checkpoint(args.checkpoint, "image", args.device, NEEDS)
         result = edit_file(args, Editor(Codec(**record["codec"]), network).eval(), record)
     elif args.evaluate:
-        network, record = read_checkpoint(args.checkpoint, args.device)
+        network, record = rm.load_checkpoint(args.checkpoint, "image", args.device, NEEDS)
         model = Editor(Codec(**record["codec"]), network).eval()
         if args.test:
             pairs = read_pairs(args.test, model.codec, args.n)[0]
@@ -1194,12 +1151,8 @@ def main() -> None:
     else:
         result = train_all(args)
     if args.json and rm.is_main_process():
-        write_json(args.json, result)
+        rm.write_json(args.json, result)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (InputError, OSError) as error:
-        print(f"edit_image.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
+    rm.run_script(main)

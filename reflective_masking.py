@@ -18,6 +18,7 @@ training on the model's own revision states (train: own_states, accept) and a bi
 coordinate (TransformerConfig.coordinates).
 """
 
+import json
 import math
 import os
 import platform
@@ -662,13 +663,26 @@ def train(
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# 7. Devices and checkpoints
+# 7. Devices, checkpoints, records, and how a script ends
+
+
+class InputError(ValueError):
+    """Something the user gave is wrong.  run_script makes it one line on stderr and exit code 2."""
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Runs a script's main; what the user gave wrong, or a file that cannot be read or written, ends in one line."""
+    try:
+        main()
+    except (InputError, OSError) as error:
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def start_device(name: str = "auto") -> torch.device:
     """The device to work on; under torchrun also joins the process group (nccl on GPU, gloo on CPU).
 
-    name: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1".  Raises ValueError when it is not there.
+    name: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1".  Raises InputError when it is not there.
     """
     name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
     processes = int(os.environ.get("WORLD_SIZE", 1))
@@ -678,7 +692,7 @@ def start_device(name: str = "auto") -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {name!r} is not there: {str(error).splitlines()[0]}") from None
+        raise InputError(f"device {name!r} is not there: {str(error).splitlines()[0]}") from None
     if processes > 1:
         if device.type == "cuda":
             torch.cuda.set_device(device)
@@ -742,11 +756,12 @@ def save_checkpoint(path: Path, model: MaskDiffusionTransformer, task: str, **in
 
 
 def load_checkpoint(
-    path: Path, task: str, device: torch.device | str = "cpu"
+    path: Path, task: str, device: torch.device | str = "cpu", needs: tuple[str, ...] = ()
 ) -> tuple[MaskDiffusionTransformer, dict]:
     """The model, in evaluation mode, and the info saved with it; weights_only, so no code in the file is run.
 
-    Raises ValueError when the file is missing, is no checkpoint of this project or belongs to another task.
+    needs: what info must hold, too.
+    Raises InputError when the file is missing, is no checkpoint of this project or belongs to another task.
     """
     try:
         saved = torch.load(path, map_location=device, weights_only=True)
@@ -754,8 +769,37 @@ def load_checkpoint(
         if found == task:
             model = MaskDiffusionTransformer(TransformerConfig(**saved["config"])).to(device)
             model.load_state_dict(saved["model"])
+            missing = [name for name in needs if name not in saved["info"]]
+            if missing:
+                raise ValueError(f"it does not say its {', '.join(missing)}")
             return model.eval(), saved["info"]
     except Exception as error:  # torch.load alone raises half a dozen kinds on a file that is not its own
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path} cannot be read as a checkpoint: {reason[:120]}") from None
-    raise ValueError(f"{path} is a checkpoint of task {found!r}, expected {task!r}")
+        raise InputError(f"{path} cannot be read as a checkpoint: {reason[:120]}") from None
+    raise InputError(f"{path} is a checkpoint of task {found!r}, expected {task!r}")
+
+
+def write_json(path: Path, contents: dict) -> None:
+    """Writes JSON by rename, and says so."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(contents, indent=1) + "\n")
+    temporary.replace(path)
+    print(f"wrote {path}")
+
+
+def require_same(settings: dict, found: dict, path: Path) -> None:
+    """A run goes on, or counts as done, only under the settings it was started with.  Raises InputError."""
+    other = {key: found.get(key) for key in settings if found.get(key) != settings[key]}
+    if other:
+        raise InputError(f"{path} was made with {other}: use another --out, or delete it")
+
+
+def wilson_interval(successes: int, count: int) -> tuple[float, float]:
+    """The 95 % interval of a share by Wilson's score method; (0, 1) for no data."""
+    if not count:
+        return 0.0, 1.0
+    z, share = 1.959964, successes / count
+    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    return middle - half, middle + half

@@ -27,7 +27,7 @@ from torch import Tensor
 
 import reflective_masking as rm
 from history import HistoryReference
-from reflective_masking import MaskDiffusionTransformer, TransformerConfig
+from reflective_masking import InputError, MaskDiffusionTransformer, TransformerConfig
 
 HERE = Path(__file__).parent
 MASK = 0
@@ -180,16 +180,6 @@ def replay_mistakes(trace: Tensor, clean: Tensor) -> tuple[int, int]:
         remasked = (before != MASK) & (after == MASK) & (before != clean)
         tried |= torch.nn.functional.one_hot(before, 10).bool() & remasked.unsqueeze(-1)
     return int(tried.any(-1).sum()), int(replayed.sum())
-
-
-def wilson_interval(successes: int, count: int) -> tuple[float, float]:
-    """The 95 % interval of a share by Wilson's score method; (0, 1) for no data."""
-    if not count:
-        return 0.0, 1.0
-    z, share = 1.959964, successes / count
-    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
-    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    return middle - half, middle + half
 
 
 def paired_test(ours: str, theirs: str) -> dict:
@@ -346,8 +336,8 @@ def evaluate(
         "replay_mistake": mistakes[1] / max(mistakes[0], 1),
         "conflict_cells": conflicts(tokens).sum(-1).float().mean().item(),
         "n": n,
-        "ci95_exact": wilson_interval(int(right.sum()), n),
-        "ci95_valid": wilson_interval(int(is_valid(tokens).sum()), n),
+        "ci95_exact": rm.wilson_interval(int(right.sum()), n),
+        "ci95_valid": rm.wilson_interval(int(is_valid(tokens).sum()), n),
         "remasked_wrong_cells": mistakes[0],
         "replayed_cells": mistakes[1],
         "max_turns": max_turns,
@@ -392,13 +382,6 @@ def measured_steps(minutes: float, variant: str, pool: Tensor, args) -> int:
     return int(steps)
 
 
-def require_same(settings: dict, found: dict, path: Path) -> None:
-    """A run goes on, or counts as done, only under the settings it was started with."""
-    other = {key: found.get(key) for key in settings if found.get(key) != settings[key]}
-    if other:
-        raise InputError(f"{path} was made with {other}: use another --out, or delete it")
-
-
 def train_variant(variant: str, args) -> dict:
     """Trains (or resumes) one variant and evaluates it; writes OUT/<variant>_seed<seed>.pt and .json.
 
@@ -410,7 +393,7 @@ def train_variant(variant: str, args) -> dict:
     settings["minutes"] = None if args.steps else args.minutes
     if name.with_suffix(".json").exists():
         record = json.loads(name.with_suffix(".json").read_text())
-        require_same(settings, record["settings"], name.with_suffix(".json"))
+        rm.require_same(settings, record["settings"], name.with_suffix(".json"))
         if main:
             print(f"{name}.json is there, {variant} seed {args.seed} is done")
         return record if main else {}
@@ -424,7 +407,7 @@ def train_variant(variant: str, args) -> dict:
     steps, curve = args.steps, []
     if resume.exists():
         notes = torch.load(resume, map_location="cpu", weights_only=True)["notes"]
-        require_same(settings, notes["settings"], resume)
+        rm.require_same(settings, notes["settings"], resume)
         steps, curve = notes["steps"], notes["curve"]
     steps = steps or measured_steps(args.minutes, variant, pool, args)
     every = max(1, min(250, steps // 8))
@@ -467,18 +450,9 @@ def train_variant(variant: str, args) -> dict:
         label: evaluate(model, gamma, rotate, clean, test, turns or args.max_turns, make)
         for label, (turns, make) in rows.items()
     }
-    write_json(name.with_suffix(".json"), record)
+    rm.write_json(name.with_suffix(".json"), record)
     resume.unlink(missing_ok=True)
     return record
-
-
-def write_json(path: Path, contents: dict) -> None:
-    """Writes JSON by rename, and says so."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(contents, indent=1) + "\n")
-    temporary.replace(path)
-    print(f"wrote {path}")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -542,7 +516,7 @@ def study_calibration(model, info, args) -> dict:
         inside = bins == b
         n, hits = int(inside.sum()), int(right[inside].sum())
         mean_p, share = (own[inside].mean().item(), hits / n) if n else (None, None)
-        rows.append({"low": b / 20, "n": n, "mean_p": mean_p, "right": share, "ci95": wilson_interval(hits, n)})
+        rows.append({"low": b / 20, "n": n, "mean_p": mean_p, "right": share, "ci95": rm.wilson_interval(hits, n)})
     remask = other > own
     ece = sum(row["n"] * abs(row["mean_p"] - row["right"]) for row in rows if row["n"]) / len(own)
 
@@ -550,8 +524,8 @@ def study_calibration(model, info, args) -> dict:
         picked, wrong = int((chosen & remask).sum()), int((chosen & ~right).sum())
         hits = int((chosen & remask & ~right).sum())
         return {
-            "precision": hits / max(picked, 1), "ci95_precision": wilson_interval(hits, picked), "remasked": picked,
-            "recall": hits / max(wrong, 1), "ci95_recall": wilson_interval(hits, wrong), "wrong": wrong,
+            "precision": hits / max(picked, 1), "ci95_precision": rm.wilson_interval(hits, picked), "remasked": picked,
+            "recall": hits / max(wrong, 1), "ci95_recall": rm.wilson_interval(hits, wrong), "wrong": wrong,
         }
 
     draw_calibration(args.out / "sudoku_calibration.png", rows, own + other)
@@ -597,7 +571,7 @@ def study_training(name: str, choices: dict[str, tuple[str, dict]], args) -> dic
     study = {"rows": [], "settings": settings, "provenance": rm.provenance()}
     if path.exists():
         study = json.loads(path.read_text())
-        require_same(settings, study["settings"], path)
+        rm.require_same(settings, study["settings"], path)
     rows = study["rows"]
     for label, (variant, changes) in choices.items():
         if any(row["label"] == label for row in rows):
@@ -612,7 +586,7 @@ def study_training(name: str, choices: dict[str, tuple[str, dict]], args) -> dic
             model, changes.get("gamma", gamma), changes.get("rotate", rotate), clean, start, args.max_turns
         )
         rows.append({"label": label, "changes": changes, "minutes": stats["seconds"] / 60} | score)
-        write_json(path, study)
+        rm.write_json(path, study)
     draw_bars(args.out / f"sudoku_{name}.png", rows)
     return study
 
@@ -826,10 +800,6 @@ def print_table(rows: dict[str, dict]) -> None:
 # The command line
 
 
-class InputError(Exception):
-    """Something the user gave is wrong: one line on stderr, exit code 2."""
-
-
 def parse_board(text: str, blanks: bool, where: str = "the board") -> Tensor:
     """int64 [81] from 81 digits, 0 or . for a blank.  Raises InputError that says where and what is wrong."""
     text = "".join(text.split())
@@ -951,20 +921,12 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def load(args) -> None:
-    try:
-        args.model = rm.load_checkpoint(args.checkpoint, "sudoku", args.device)
-        if not {"gamma", "rotate", "variant"} <= args.model[1].keys():
-            raise ValueError(f"{args.checkpoint} does not say its gamma, rotate and variant")
-    except ValueError as error:
-        raise InputError(str(error)) from None
+    args.model = rm.load_checkpoint(args.checkpoint, "sudoku", args.device, ("gamma", "rotate", "variant"))
 
 
 def main() -> None:
     args = parse_arguments()
-    try:
-        args.device = rm.start_device(args.device)
-    except ValueError as error:
-        raise InputError(str(error)) from None
+    args.device = rm.start_device(args.device)
     args.precision = args.precision or rm.best_precision(args.device)
     if rm.dist.is_initialized() and (args.evaluate or args.puzzles or args.study or args.revise or args.solve):
         raise InputError("torchrun is for training; run this with one process")
@@ -1004,11 +966,11 @@ def main() -> None:
             print(f"study: {name}")
             result[name] = STUDIES[name](args)
             result[name].setdefault("provenance", rm.provenance())
-            write_json(args.out / f"sudoku_{name}.json", result[name])
+            rm.write_json(args.out / f"sudoku_{name}.json", result[name])
     else:
         result = train_all(args)
     if args.json and rm.is_main_process():
-        write_json(args.json, result)
+        rm.write_json(args.json, result)
 
 
 def train_all(args) -> dict:
@@ -1047,13 +1009,9 @@ def train_all(args) -> dict:
         for label, test in result["ours_against"].items():
             low, high = (100 * bound for bound in test["ci95"])
             print(f"{label:44}{100 * test['difference']:>+7.1f} points ({low:+.1f} to {high:+.1f}), p = {test['p']:.2g}")
-    write_json(args.out / ("table.json" if args.variant == "all" else f"{args.variant}_table.json"), result)
+    rm.write_json(args.out / ("table.json" if args.variant == "all" else f"{args.variant}_table.json"), result)
     return result
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (InputError, OSError) as error:
-        print(f"train_sudoku.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
+    rm.run_script(main)

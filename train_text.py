@@ -34,7 +34,7 @@ from torch import Tensor
 
 import reflective_masking as rm
 from history import HistoryReference, history_embedding
-from reflective_masking import MaskDiffusionTransformer, TransformerConfig
+from reflective_masking import InputError, MaskDiffusionTransformer, TransformerConfig
 
 HERE = Path(__file__).parent
 MASK, PAD, END = 0, 1, 2
@@ -60,10 +60,6 @@ PAPER_SUBJECTS = {  # Minerva MATH, SFT / RM, %
     "prealgebra": (36.28, 38.00),
     "precalculus": (14.10, 16.67),
 }
-
-
-class InputError(Exception):
-    """Something the user gave is wrong: one line on stderr, exit code 2."""
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -786,13 +782,6 @@ def make_problems(args) -> tuple[dict[str, list[Problem]], dict[str, list[Proble
     return test, validation, train, graders
 
 
-def require_same(settings: dict, found: dict, path: Path) -> None:
-    """A run goes on, or counts as done, only under the settings it was started with."""
-    other = {key: found.get(key) for key in settings if found.get(key) != settings[key]}
-    if other:
-        raise InputError(f"{path} was made with {other}: use another --out, or delete it")
-
-
 def stage(variant: str, model, base, pool: Tensor, tokenizer: Tokenizer, args, steps: int, **changes):
     """rm.train with the settings of a variant; base and sft on masks, rm and history on revisions."""
     _, gamma, rotate = VARIANTS[variant]
@@ -854,7 +843,7 @@ def train_variant(variant: str, steps: int | None, problems, tokenizer: Tokenize
     settings |= {"data": args.data and args.data.name, "test": args.test and args.test.name}
     if path.with_suffix(".json").exists():
         record = json.loads(path.with_suffix(".json").read_text())
-        require_same(settings, record["settings"], path.with_suffix(".json"))
+        rm.require_same(settings, record["settings"], path.with_suffix(".json"))
         if main:
             print(f"{path}.json is there, {variant} is done")
         return record
@@ -868,7 +857,7 @@ def train_variant(variant: str, steps: int | None, problems, tokenizer: Tokenize
         model.load_state_dict(base.state_dict())
     if resume.exists():
         notes = torch.load(resume, map_location="cpu", weights_only=True)["notes"]
-        require_same(settings, notes["settings"], resume)
+        rm.require_same(settings, notes["settings"], resume)
         steps, curve = notes["steps"], notes["curve"]
     every = max(1, steps // 4)
     notes = {"steps": steps, "curve": curve, "settings": settings}
@@ -903,7 +892,7 @@ def train_variant(variant: str, steps: int | None, problems, tokenizer: Tokenize
         print(f"wrote {path.with_suffix('.pt')}")
         record["curve"] = curve
         record["test"] = evaluate_all(model, info, test, args)
-        write_json(path.with_suffix(".json"), record)
+        rm.write_json(path.with_suffix(".json"), record)
         resume.unlink(missing_ok=True)
     if rm.dist.is_initialized():
         rm.dist.barrier()
@@ -942,15 +931,6 @@ def evaluate_all(model, info: dict, test: dict[str, list[Problem]], args) -> dic
     return scores
 
 
-def write_json(path: Path, contents: dict) -> None:
-    """Writes JSON by rename, and says so."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(contents, indent=1) + "\n")
-    temporary.replace(path)
-    print(f"wrote {path}")
-
-
 def train_all(args) -> dict:
     """The bare command: every variant that is not done yet, then the tables and the figure."""
     problems = make_problems(args)
@@ -976,7 +956,7 @@ def train_all(args) -> dict:
             measured = measured_steps(pool, tokenizer, variants, args)
             steps = [given or found for given, found in zip(steps, measured)]
             if rm.is_main_process():
-                write_json(started, steps)
+                rm.write_json(started, steps)
     records, base = {}, None
     for variant in variants:
         number = steps[0] if variant == "base" else steps[1]
@@ -990,7 +970,7 @@ def train_all(args) -> dict:
     draw_curves(args.out / f"text_{name}.png", result)
     result["records"] = {v: {k: r[k] for k in ("steps", "minutes", "params", "settings", "provenance", "curve")}
                          for v, r in records.items()}
-    write_json(args.out / f"text_{name}.json", result)
+    rm.write_json(args.out / f"text_{name}.json", result)
     return result
 
 
@@ -1273,20 +1253,14 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
 
 
 def load(args) -> None:
-    try:
-        args.model = rm.load_checkpoint(args.checkpoint, "text", args.device)
-    except ValueError as error:
-        raise InputError(str(error)) from None
+    args.model = rm.load_checkpoint(args.checkpoint, "text", args.device, ("variant", "tokenizer", "graders", "haste"))
     if args.haste:
         args.model[1]["haste"] = [(1, args.haste[0])]
 
 
 def main() -> None:
     args = parse_arguments()
-    try:
-        args.device = rm.start_device(args.device)
-    except ValueError as error:
-        raise InputError(str(error)) from None
+    args.device = rm.start_device(args.device)
     args.precision = args.precision or rm.best_precision(args.device)
     if rm.dist.is_initialized() and (args.evaluate or args.ask is not None):
         raise InputError("torchrun is for training; run this with one process")
@@ -1296,12 +1270,8 @@ def main() -> None:
     else:
         result = train_all(args)
     if args.json and rm.is_main_process():
-        write_json(args.json, result)
+        rm.write_json(args.json, result)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (InputError, OSError) as error:
-        print(f"train_text.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
+    rm.run_script(main)

@@ -520,7 +520,7 @@ def test_summaries_say_what_is_infinite_and_what_undefined():
     assert found["ci95"] == pytest.approx([2 - 1.96 * 2**0.5 / 2**0.5, 2 + 1.96])
     assert image.summarize(torch.tensor([math.nan]).double())["mean"] is None
     json.dumps(image.summarize(torch.tensor([math.inf]).double()), allow_nan=False)
-    low, high = image.wilson_interval(95, 100)  # 0.8882 to 0.9785 in the usual tables
+    low, high = rm.wilson_interval(95, 100)  # 0.8882 to 0.9785 in the usual tables
     assert (round(low, 4), round(high, 4)) == (0.8882, 0.9785)
 
 

@@ -133,9 +133,9 @@ def test_replay_mistakes_of_hand_written_trajectories():
 
 
 def test_wilson_interval_of_published_values():
-    assert sudoku.wilson_interval(9, 10) == pytest.approx((0.5958, 0.9821), abs=1e-4)
-    assert sudoku.wilson_interval(0, 0) == (0, 1)
-    low, high = sudoku.wilson_interval(0, 20)
+    assert rm.wilson_interval(9, 10) == pytest.approx((0.5958, 0.9821), abs=1e-4)
+    assert rm.wilson_interval(0, 0) == (0, 1)
+    low, high = rm.wilson_interval(0, 20)
     assert low == pytest.approx(0, abs=1e-12) and high == pytest.approx(0.1611, abs=1e-4)
 
 
