@@ -8,7 +8,7 @@
 
 Reading order: text and tokens, tasks, graders, training data, decoding, evaluation, training, reports, command line.
 A base model learns plain mask diffusion; from it, with the same data and number of steps, come vanilla SFT and RM.
-Differences from the paper: models of a million parameters, rotary and learned positions, on generated problems, a prompt that is always intact
+Differences from the paper: models of a million parameters on generated problems, a prompt that is always intact
 in post-training, mistakes proposed by the frozen base where a random share of the rest of the answer is masked too
 (sample_revision), Muon, and whatever --help calls ours.
 """
@@ -808,7 +808,7 @@ def new_model(tokenizer: Tokenizer, args) -> MaskDiffusionTransformer:
     torch.manual_seed(args.seed)
     config = TransformerConfig(
         vocabulary=tokenizer.vocabulary, length=tokenizer.length, width=args.width, layers=args.layers,
-        feed_forward=4 * args.width, positions="both",
+        feed_forward=4 * args.width, positions="rotary",
     )
     return MaskDiffusionTransformer(config).to(args.device)
 
