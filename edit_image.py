@@ -464,7 +464,8 @@ class Editor(nn.Module):
         words = [[codec.height, codec.width + i, 0, 1] for i in range(codec.length)]
         blocks = -(-codec.width // 4)
         grid = [[y, x, 1 + y // 4 * blocks + x // 4, 0] for y in range(codec.height) for x in range(codec.width)]
-        config = TransformerConfig(codec.vocabulary, codec.prompt, heads=2, positions="rotary", coordinates=words + grid)
+        places = dict(positions="rotary", coordinates=words + grid)
+        config = TransformerConfig(codec.vocabulary, codec.prompt, heads=2, **places)
         self.codec, self.network = codec, network or MaskDiffusionTransformer(config)
 
     @property

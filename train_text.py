@@ -990,8 +990,7 @@ def report(records: dict[str, dict], length: int) -> dict:
             theirs = {row["passes"]: row for row in scores["sft"][family]}
             last = theirs[max(theirs)]  # beyond N passes SFT stays as it is
             against[variant][family] = [
-                {"passes": row["passes"]} | paired_bootstrap(
-                    row["right"], theirs.get(row["passes"], last)["right"])
+                {"passes": row["passes"]} | paired_bootstrap(row["right"], theirs.get(row["passes"], last)["right"])
                 for row in rows
             ]
     return {"answer_length": length, "scores": scores, "minus_sft": against}
