@@ -18,6 +18,7 @@ import argparse
 import json
 import math
 import random
+import re
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -102,32 +103,51 @@ BOTTOM = {"top": 5, "back": 10, "front": 14}  # the lowest row of an object; dra
 CENTRE = {"left": 3, "middle": 8, "right": 12}
 VISIBLE = 0.6  # of every object at least this share shows, so that what is hidden can be inferred
 VERBS = ("recolour", "add", "remove", "move", "replace")
-PHRASES = {  # for training, and for test alone; the words are the same
-    "recolour": (
-        ["make {it} {colour}", "paint {it} {colour}", "turn {it} {colour}", "{it} should be {colour}",
-         "change the colour of {it} to {colour}"],
-        ["colour {it} {colour}", "change {it} to {colour}"],
-    ),
-    "add": (
-        ["add {new} at the {place}", "put {new} at the {place}", "draw {new} at the {place}",
-         "at the {place} draw {new}", "there should be {new} at the {place}"],
-        ["at the {place} add {new}", "at the {place} there should be {new}"],
-    ),
-    "remove": (
-        ["remove {it}", "delete {it}", "take {it} away", "erase {it} from the picture", "erase {it}"],
-        ["remove {it} from the picture", "take away {it}"],
-    ),
-    "move": (
-        ["move {it} to the {place}", "put {it} at the {place}", "bring {it} to the {place}",
-         "to the {place} bring {it}", "{it} should be at the {place}"],
-        ["to the {place} move {it}", "{it} should move to the {place}"],
-    ),
-    "replace": (
-        ["replace {it} by {new}", "swap {it} for {new}", "turn {it} into {new}", "instead of {it} draw {new}",
-         "change {it} into {new}"],
-        ["instead of {it} put {new}", "change {it} for {new}"],
-    ),
+UNSEEN = {  # the phrasings kept for test; training knows their words, and each order of words with other verbs
+    "recolour": ["colour {it} {colour}", "change {it} to {colour}"],
+    "add": ["at the {place} add {new}", "at the {place} there should be {new}"],
+    "remove": ["remove {it} from the picture", "take away {it}"],
+    "move": ["to the {place} move {it}", "{it} should move to the {place}"],
+    "replace": ["instead of {it} put {new}", "change {it} for {new}"],
 }
+SEEN = {  # for training, and half of the test; "a/b" stands for one phrasing with a and one with b
+    "recolour": [
+        "make/paint/turn/dye {it} {colour}", "please make/paint/dye {it} {colour}", "turn/set/dye {it} to {colour}",
+        "{it} should be/become/turn {colour}", "change/set/turn the colour of {it} to {colour}",
+        "the colour of {it} should be {colour}", "{colour} should be the colour of {it}", "to {colour} turn/set {it}",
+    ],
+    "add": [
+        "add/put/draw/place {new} at the {place}", "please add/put/draw {new} at the {place}",
+        "at the {place} put/draw/place {new}", "there should be {new} at the {place}",
+        "{new} should be/appear at the {place}", "at the {place} please put/draw {new}",
+        "at the {place} should appear {new}",
+    ],
+    "remove": [
+        "remove/delete/erase/drop {it}", "please remove/delete/erase {it}", "delete/erase/take/drop {it} from the picture",
+        "take/drop/put {it} away", "put/drop away {it}", "{it} should disappear/go", "away with {it}",
+        "from the picture remove/delete/take {it}", "there should be no more {it}",
+    ],
+    "move": [
+        "move/bring/shift/carry {it} to the {place}", "please move/bring/shift {it} to the {place}",
+        "to the {place} bring/shift/carry {it}", "put/place {it} at the {place}", "{it} should be at the {place}",
+        "{it} should go/shift/come to the {place}", "to the {place} please shift/bring {it}",
+        "to the {place} should go/come {it}",
+    ],
+    "replace": [
+        "replace/exchange {it} by {new}", "swap/exchange/trade {it} for {new}", "turn/change/make {it} into {new}",
+        "instead of {it} draw/add/place {new}", "put/draw {new} instead of {it}", "please replace/exchange {it} by {new}",
+        "{it} should become/be {new}", "instead of {it} there should be {new}", "for {it} swap/draw {new}",
+    ],
+}
+
+
+def phrasings(pattern: str) -> list[str]:
+    """"turn/set {it}" -> ["turn {it}", "set {it}"]."""
+    start, verbs, rest = re.fullmatch(r"(.*?)(\S+/\S+)(.*)|.*", pattern).groups()
+    return [start + verb + rest for verb in verbs.split("/")] if verbs else [pattern]
+
+
+PHRASES = {verb: ([text for pattern in SEEN[verb] for text in phrasings(pattern)], UNSEEN[verb]) for verb in VERBS}
 
 
 class Thing(NamedTuple):
@@ -464,7 +484,7 @@ class Editor(nn.Module):
         words = [[codec.height, codec.width + i, 0, 1] for i in range(codec.length)]
         blocks = -(-codec.width // 4)
         grid = [[y, x, 1 + y // 4 * blocks + x // 4, 0] for y in range(codec.height) for x in range(codec.width)]
-        places = dict(positions="rotary", coordinates=words + grid)
+        places = dict(positions="both", coordinates=words + grid)
         config = TransformerConfig(codec.vocabulary, codec.prompt, heads=2, **places)
         self.codec, self.network = codec, network or MaskDiffusionTransformer(config)
 
@@ -548,6 +568,10 @@ def sample_batch(
         states, editable = rm.history_until(trajectory, turn), torch.ones_like(target, dtype=torch.bool)
         if not METHODS[method][0]:
             states = states[-1:]  # without history only the current state is read
+    # The text begins at a random slot, so that no word is tied to one: other phrasings put it elsewhere.
+    free = (words == codec.no_word).sum(1, keepdim=True)
+    slots = torch.arange(codec.length, device=device) - (rand(batch, 1) * (free + 1)).long()
+    words = words.gather(1, slots % codec.length)
     prompt = torch.cat([words, shown], 1)
     older = prompt.new_full((len(states) - 1, *prompt.shape), ABSENT)
     states = torch.cat([torch.cat([older, prompt.unsqueeze(0)]), states], -1)

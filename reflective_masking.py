@@ -48,7 +48,7 @@ class TransformerConfig:
     """Size and position scheme; saved inside every checkpoint.
 
     positions: "learned" adds an embedding for each coordinate of a position; "rotary" turns queries and keys by the
-    index, on a grid half of each head by the first coordinate and half by the second.
+    index, on a grid half of each head by the first coordinate and half by the second; "both" does both.
     coordinates: N rows of K small integers, the same length each: where position n is along each axis, for
     instance row and column of a pixel; None: the index alone.  With K >= 2, every head also learns one bias for
     each combination of coordinates that two positions share (same row, same row and column, ...).
@@ -70,7 +70,7 @@ class Block(nn.Module):
     def __init__(self, config: TransformerConfig, relations: int):
         super().__init__()
         width = config.width
-        self.heads, self.rotary = config.heads, config.positions == "rotary"
+        self.heads, self.rotary = config.heads, config.positions != "learned"
         self.attention_norm, self.feed_forward_norm = nn.RMSNorm(width), nn.RMSNorm(width)
         self.query_key_value = nn.Linear(width, 3 * width, bias=False)
         self.attention_out = nn.Linear(width, width, bias=False)
@@ -114,8 +114,8 @@ class MaskDiffusionTransformer(nn.Module):
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
-        if config.positions not in ("learned", "rotary"):
-            raise ValueError(f"positions must be 'learned' or 'rotary', got {config.positions!r}")
+        if config.positions not in ("learned", "rotary", "both"):
+            raise ValueError(f"positions must be 'learned', 'rotary' or 'both', got {config.positions!r}")
         coordinates = torch.tensor(config.coordinates or [[n] for n in range(config.length)])
         axes = coordinates.shape[1]
         parts = config.heads * (2 if axes == 1 else 4)
@@ -128,11 +128,11 @@ class MaskDiffusionTransformer(nn.Module):
         shared = (coordinates[:, None] == coordinates[None, :]).long()  # [N, N, K]
         self.register_buffer("relation", (shared << torch.arange(axes)).sum(-1), persistent=False)
         self.register_buffer("coordinates", coordinates, persistent=False)
-        if config.positions == "learned":
+        if config.positions != "rotary":
             self.position = nn.ParameterList(
                 nn.Parameter(torch.randn(int(column.max()) + 1, config.width) * 0.3) for column in coordinates.T
             )
-        if config.positions == "rotary":  # a table: torch.compile would work the angles out for every element
+        if config.positions != "learned":  # a table: torch.compile would work the angles out for every element
             turned = coordinates[:, :2].double().unsqueeze(-1)  # [N, 1 or 2, 1]
             pairs = config.width // config.heads // 2 // turned.shape[1]  # of an axis
             base = 10000.0 if axes == 1 else 100.0  # a sequence is long, a grid is short
@@ -149,9 +149,9 @@ class MaskDiffusionTransformer(nn.Module):
             raise ValueError(
                 f"input must be [B, N <= {self.config.length}, {self.config.width}], got {tuple(x.shape)}"
             )
-        if self.config.positions == "learned":
+        if self.config.positions != "rotary":
             x = x + sum(table[axis[:length]] for table, axis in zip(self.position, self.coordinates.T))
-        rotation = self.rotation[:, :length] if self.config.positions == "rotary" else None
+        rotation = self.rotation[:, :length] if self.config.positions != "learned" else None
         for block in self.blocks:
             x = block(x, self.relation[:length, :length], rotation)
         return self.head(self.norm(x))

@@ -808,7 +808,7 @@ def new_model(tokenizer: Tokenizer, args) -> MaskDiffusionTransformer:
     torch.manual_seed(args.seed)
     config = TransformerConfig(
         vocabulary=tokenizer.vocabulary, length=tokenizer.length, width=args.width, layers=args.layers,
-        feed_forward=4 * args.width, positions="rotary",
+        feed_forward=4 * args.width, positions="both",
     )
     return MaskDiffusionTransformer(config).to(args.device)
 

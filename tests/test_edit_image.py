@@ -100,7 +100,7 @@ def understand(text, scene):
     colours = re.findall(rf"\b({COLOUR})\b", around)
     if new:
         verb = "replace"
-    elif re.search(r"\b(remove|delete|away|erase)\b", rest):
+    elif re.search(r"\b(remove|delete|away|erase|drop|disappear|picture|no more)\b|should go$", rest):
         verb = "remove"
     elif colours:
         verb, new_colour = "recolour", colours[0]
@@ -160,6 +160,7 @@ def test_held_out_split_is_disjoint():
     assert 0.08 < 1 - len(kept) / len(everything) < 0.12
     for pair in (lambda t: (t.kind, t.colour), lambda t: (t.kind, t.place), lambda t: (t.colour, t.place)):
         assert {pair(thing) for thing in kept} == {pair(thing) for thing in everything}
+    assert image.phrasings("go/come to {it}") == ["go to {it}", "come to {it}"] and image.phrasings("{it}") == ["{it}"]
     # Phrasings: nothing of the test templates is trained on, and no test word is new.
     for verb, (train, test) in image.PHRASES.items():
         assert not set(train) & set(test) and {edit.unseen_phrase for edit in TRAIN} == {False}
@@ -347,6 +348,10 @@ def test_batches_of_every_method(method):
         assert 0.7 < captioned.float().mean() < 0.9 and empty[captioned].all() and 0.8 < empty.float().mean() < 0.97
     else:
         assert 0.05 < empty.float().mean() < 0.16 and 0.84 < told.float().mean() < 0.95
+        moved = words[told].tolist()  # the two words as they are, from the first slot or from the second
+        make, red, _ = codec.encode_text("make red")
+        assert sorted(map(list, set(map(tuple, moved)))) == sorted([[make, red, codec.no_word], [codec.no_word, make, red]])
+        assert 0.4 < sum(row[0] == make for row in moved) / len(moved) < 0.6
     rows = {tuple(target) + tuple(source) for source, target in zip((pool.source + 4).tolist(), pool.target.tolist())}
     seen = torch.cat([clean[:, codec.prompt :], shown], 1)[~empty].tolist()
     assert {tuple(row) for row in seen} <= rows

@@ -66,18 +66,26 @@ def shaken_model(positions="rotary", layers=2, coordinates=None, length=8):
     return model
 
 
-def test_rotary_on_a_grid_reads_offsets_of_rows_and_columns():
-    def logits(down, right, swap=False):
-        grid = [[y + down, x + right] for y in range(3) for x in range(4)]
-        grid = [[x, y] for y, x in grid] if swap else grid
-        torch.manual_seed(0)
-        model = rm.MaskDiffusionTransformer(rm.TransformerConfig(5, 12, 32, 1, 2, 32, "rotary", grid))
-        torch.nn.init.normal_(model.blocks[0].attention_out.weight)
-        return model(torch.randn(2, 12, 32))  # rotary has no table, so every grid gets the same weights and input
+def grid_logits(positions, down=0, right=0, swap=False):
+    """Logits [2, 12, 5] of one set of weights and inputs on a 3x4 grid that begins at (down, right)."""
+    grid = [[y + down, x + right] for y in range(3) for x in range(4)]
+    grid = [[x, y] for y, x in grid] if swap else grid
+    model = rm.MaskDiffusionTransformer(rm.TransformerConfig(5, 12, 32, 1, 2, 32, positions, grid))
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if not name.startswith("position"):
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.3
+    for table in model.position if positions != "rotary" else []:  # the same places for every grid
+        table.data = torch.randn(20, 32, generator=torch.Generator().manual_seed(1))
+    return model(torch.randn(2, 12, 32, generator=generator))
 
-    still = logits(0, 0)
-    assert torch.allclose(still, logits(3, 5), atol=1e-4)
-    assert not torch.allclose(still, logits(0, 0, swap=True), atol=1e-2)
+
+def test_rotary_on_a_grid_reads_offsets_of_rows_and_columns_and_both_reads_places_too():
+    still = grid_logits("rotary")
+    assert torch.allclose(still, grid_logits("rotary", 3, 5), atol=1e-4)
+    assert not torch.allclose(still, grid_logits("rotary", swap=True), atol=1e-2)
+    assert not torch.allclose(grid_logits("both"), grid_logits("both", 3, 5), atol=1e-2)
+    assert not torch.allclose(grid_logits("both"), grid_logits("learned"), atol=1e-2)  # it turns as well
 
 
 def test_sudoku_network_has_the_paper_size():
