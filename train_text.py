@@ -834,18 +834,25 @@ BASE_SHARE = 1.5  # base steps for each step of post-training
 def train_variant(variant: str, steps: int | None, problems, tokenizer: Tokenizer, pool, base, name: str, args) -> dict:
     """Trains (or resumes) one variant and scores it at every budget; writes OUT/<task>_<variant>_seed<seed>.pt, .json.
 
-    A finished run, one whose .json exists, is read back instead.  Returns its record.
+    A finished run, one whose .json exists, is read back instead, and scored again if --n, --passes, --grader or
+    --test-seed changed.  The base does not depend on what comes after it, so OUT may begin as a copy of another's
+    base and try other settings of RM.  Returns the record.
     """
     test, validation, _, graders = problems
     path, main = args.out / f"{name}_{variant}_seed{args.seed}", rm.is_main_process()
-    keys = SETTINGS + REVISION_SETTINGS * (variant in ("rm", "history"))
+    keys = SETTINGS + TUNING_SETTINGS * (variant != "base") + REVISION_SETTINGS * (variant in ("rm", "history"))
     settings = {key: getattr(args, key) for key in keys}
     settings |= {"data": args.data and args.data.name, "test": args.test and args.test.name}
+    evaluation = {key: getattr(args, key) for key in EVALUATION_SETTINGS}
     if path.with_suffix(".json").exists():
         record = json.loads(path.with_suffix(".json").read_text())
         rm.require_same(settings, record["settings"], path.with_suffix(".json"))
         if main:
             print(f"{path}.json is there, {variant} is done")
+        if main and record.get("evaluation") != evaluation:
+            model, info = rm.load_checkpoint(path.with_suffix(".pt"), "text", args.device)
+            record |= {"test": evaluate_all(model, info, test, args), "evaluation": evaluation}
+            rm.write_json(path.with_suffix(".json"), record)
         return record
     label, gamma, rotate = VARIANTS[variant]
     info = {"variant": variant, "trained_on": name, "gamma": gamma, "rotate": rotate, "tokenizer": dict(
@@ -890,7 +897,7 @@ def train_variant(variant: str, steps: int | None, problems, tokenizer: Tokenize
     if main:
         rm.save_checkpoint(path.with_suffix(".pt"), model, task="text", **record)
         print(f"wrote {path.with_suffix('.pt')}")
-        record["curve"] = curve
+        record |= {"curve": curve, "evaluation": evaluation}
         record["test"] = evaluate_all(model, info, test, args)
         rm.write_json(path.with_suffix(".json"), record)
         resume.unlink(missing_ok=True)
@@ -1130,9 +1137,10 @@ def evaluate_checkpoint(args) -> dict:
 # The command line
 
 SETTINGS = (  # what a resumed run must share with the run it goes on from
-    "task minutes steps base_steps batch_size width layers learning_rate tuning_rate prompt_share pool largest words "
-    "precision n passes grader"
+    "task minutes base_steps batch_size width layers learning_rate prompt_share pool largest words precision"
 ).split()
+TUNING_SETTINGS = "steps tuning_rate".split()
+EVALUATION_SETTINGS = "n passes grader test_seed".split()
 REVISION_SETTINGS = "corruption top_k drafts keep_weight second_guess own_states own_reveal haste remask_limit".split()
 
 

@@ -5,6 +5,7 @@ import json
 import math
 import random
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -490,6 +491,20 @@ def test_finished_stages_are_kept_and_other_settings_refused(smoke, monkeypatch,
     assert in_process(monkeypatch, capsys, *common).count("is done") == 4
     with pytest.raises(text.InputError, match="corruption"):
         in_process(monkeypatch, capsys, *common, "--corruption", "0.2")
+
+
+def test_another_evaluation_scores_again_and_another_tuning_shares_the_base(smoke, monkeypatch, capsys, tmp_path):
+    for path in smoke.glob("all_base_seed0.*"):
+        shutil.copy(path, tmp_path)
+    common = ("--smoke", "--task", "all", "--tuning-rate", "0.001", "--out", tmp_path)
+    trained = in_process(monkeypatch, capsys, *common)
+    assert trained.count("is done") == 1 and "base_seed0.json is there" in trained
+    before = (tmp_path / "all_rm_seed0.pt").read_bytes()
+    scored = in_process(monkeypatch, capsys, *common, "--passes", 2)
+    assert scored.count("is done") == 3 and "math, 2 passes" in scored and "math, 3 passes" not in scored
+    assert before == (tmp_path / "all_rm_seed0.pt").read_bytes()
+    scores = json.loads((tmp_path / "all_rm_seed0.json").read_text())["test"]["math"]
+    assert [score["passes"] for score in scores] == [2]
 
 
 def test_a_killed_run_goes_on_where_it_stopped(smoke, monkeypatch, capsys):
