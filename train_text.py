@@ -907,13 +907,16 @@ def train_variant(variant: str, steps: int | None, problems, tokenizer: Tokenize
 
 
 def choose_haste(model, info: dict, validation: dict[str, list[Problem]], args) -> list[tuple[int, float]]:
-    """For every number of forward passes that of --haste which is best on the validation problems."""
-    chosen = []
+    """For every number of forward passes that of --haste which is best on the validation problems.
+
+    choice, an answer of one pass, has no say beside other families.
+    """
+    chosen, families = [], [family for family in validation if family != "choice"] or list(validation)
     for passes in args.passes or budgets(info["tokenizer"]["answer_length"]):
         right = {}
         for haste in args.haste if len(args.haste) > 1 else []:
             trial = info | {"haste": [(1, haste)]}
-            scores = [evaluate(model, trial, validation[f], info["graders"][f], passes, args) for f in validation]
+            scores = [evaluate(model, trial, validation[f], info["graders"][f], passes, args) for f in families]
             right[haste] = sum(score["accuracy"] for score in scores)
         chosen.append((passes, max(right, key=right.get, default=args.haste[0])))
     print("haste by forward passes: " + ", ".join(f"{haste:g} at {passes}" for passes, haste in chosen), flush=True)

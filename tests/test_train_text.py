@@ -422,6 +422,10 @@ def test_haste_is_chosen_by_validation_and_looked_up_by_passes(monkeypatch):
     info = {"haste": [(1, 2.0)], "graders": {"math": "result"}, "tokenizer": {"answer_length": 8}}
     args = SimpleNamespace(passes=[4, 8], haste=[1.0, 2.0, 3.0])
     assert text.choose_haste(None, info, {"math": []}, args) == [(4, 2.0), (8, 1.0)]
+    asked = []  # choice has no say where others have
+    monkeypatch.setattr(text, "evaluate", lambda model, info, problems, *rest: asked.append(problems) or {"accuracy": 0})
+    text.choose_haste(None, info | {"graders": dict.fromkeys(("math", "choice"))}, {"math": "m", "choice": "c"}, args)
+    assert set(asked) == {"m"}
     args.haste = [1.5]  # nothing to choose
     assert text.choose_haste(None, info, {"math": []}, args) == [(4, 1.5), (8, 1.5)]
 
