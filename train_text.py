@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 import reflective_masking as rm
-from history import HistoryReference, history_embedding
+from history import ABSENT, HistoryReference, history_embedding
 from reflective_masking import InputError, MaskDiffusionTransformer, TransformerConfig
 
 HERE = Path(__file__).parent
@@ -414,7 +414,8 @@ def generate(task: str, count: int, split: str, seed: int, largest: int) -> list
 def read_problems(path: Path) -> list[Problem]:
     """{"prompt": ..., "answer": ...} a line.  InputError names the file and the line."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        text = path.read_text(encoding="utf-8")
+        lines = text.removesuffix("\n").split("\n") if text else []  # not splitlines: JSON may hold other line ends
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read: {error}") from None
     problems = []
@@ -543,7 +544,7 @@ def grade_code(prompts, references, answers) -> list[bool]:
 
 
 GRADERS = {"result": grade_result, "exact": grade_exact, "last_number": grade_last_number, "code": grade_code}
-TASK_GRADER = {"math": "result", "code": "code", "choice": "exact", "multiply": "last_number"}
+TASK_GRADER = {"math": "result", "code": "code", "choice": "exact", "multiply": "result"}
 
 # ---------------------------------------------------------------------------------------------------------------
 # Training data: samplers for rm.train.  pool: int64 [P, prompt + answer], on the generator's device
@@ -579,14 +580,17 @@ def sample_revision(
     top_k: int = 8,
     second_guess: float = 0.0,
     drafts: bool = False,
+    reveals: float = 0.0,
+    remember: int = 1,
 ) -> rm.Batch:
     """States of synthetic revisions of the answer; wrong tokens are the frozen base's second choices.
 
     drafts (ours): the chosen positions start with a draw from the base's top-k by its own probabilities, truth
     included, so that mistakes are as frequent and as likely as those of a parallel reveal.  Otherwise (the paper) with
     a token drawn evenly from the top-k without the truth; a model trained on those alone trusts its own best guess.
-    corruption: the mean share of positions that start wrong; a row's own share is uniform in 0..2 * corruption, and 0
-    in a quarter of the rows, so that the empty answer, where decoding starts, is among the states.
+    corruption: the mean share of positions that start wrong (with drafts: that are drafted); a row's own share is 0 in a
+    quarter of the rows, so that the empty answer, where decoding starts, is among the states, and uniform in the others.
+    reveals (ours): the share of rows that stand in a parallel reveal instead, and remember: see reveal_trajectory.
     base: int64 [B, N] -> logits [B, N, V].  It is probed once, with the positions that start wrong masked together with
     a random share of the others, so that a mistake fits what stands around it (ours; the paper masks all).
     """
@@ -596,6 +600,10 @@ def sample_revision(
     share = 2 * corruption * rand(batch_size, 1) * (rand(batch_size, 1) > 0.25) * 4 / 3
     starts_wrong = editable & (rand(clean.shape) < share)
     probed = editable & (starts_wrong | (rand(clean.shape) < rand(batch_size, 1)))
+    revealing, answer = rand(batch_size, 1) < reveals, clean.shape[1] - prompt_length
+    order = rand(clean.shape).masked_fill(~editable, 2).argsort(-1).argsort(-1)  # answer: 0..N-1, prompt: above
+    masks = (answer + 1) ** rand(batch_size, 1)  # log-uniform in 1..N: each number as often as SFT's 1/m weighs it
+    probed = torch.where(revealing, order < masks.long(), probed)
     logits, moving = base(clean.masked_fill(probed, MASK)), editable
     wrong = rm.topk_wrong(logits, clean, MASK, top_k, 2, generator)
     if drafts:
@@ -609,7 +617,42 @@ def sample_revision(
         clean, moving, wrong, MASK, T=6, p_wrong=starts_wrong.float(), second_guess=second_guess, generator=generator
     )
     turn = torch.randint(6, (batch_size,), generator=generator, device=pool.device)
-    return rm.history_until(states, turn), clean, editable
+    states = rm.history_until(states, turn)
+    if reveals:
+        revealed = reveal_trajectory(clean, logits, order, masks.long(), answer, generator, remember)
+        both = [states, revealed]
+        missing = [max(map(len, both)) - len(part) for part in both]
+        both = [torch.cat([part.new_full((more, *clean.shape), ABSENT), part]) for more, part in zip(missing, both)]
+        states = torch.where(revealing, both[1], both[0])
+    return states, clean, editable
+
+
+def reveal_trajectory(
+    clean: Tensor, logits: Tensor, order: Tensor, masks: Tensor, answer: int, generator: torch.Generator, remember: int
+) -> Tensor:
+    """Ours: a decoding up to one reveal that may go wrong, int64 [K, B, N], the state to train on last.
+
+    In 1 to `remember` turns the answer is revealed, rightly, until `masks` of its positions are left.  Then the base
+    reveals the k it is surest of, its own best token each, all at once, k log-uniform in 1..masks; in half of the rows
+    some of the others follow, right.  Then what is wrong is re-masked.  The state to train on is the one before the
+    base's reveal (a third), after it (half) or after the re-masking.
+    clean, order: int64 [B, N], order a random rank, below `answer` for a position of the answer.  masks: int64 [B, 1].
+    logits: float [B, N, V], the base's with the masks lowest ranks masked.  Without history remember = 1 says it all.
+    """
+    rand, batch = partial(torch.rand, generator=generator, device=clean.device), len(clean)
+    turns = int(torch.randint(1, remember + 1, (), generator=generator, device=clean.device))
+    share = torch.arange(turns + 1, device=clean.device).view(-1, 1, 1) / turns
+    revealing = clean.masked_fill(order < answer - (answer - masks) * share, MASK)  # [turns + 1, B, N]
+    masked = order < masks
+    logits = logits.index_fill(-1, torch.tensor([MASK], device=clean.device), -torch.inf)
+    confidence, best = logits.softmax(-1).max(-1)
+    rank = confidence.masked_fill(~masked, -1).argsort(-1, descending=True).argsort(-1)
+    at_once = masked & (rank < ((masks + 1) ** rand(batch, 1)).long())
+    follows = masked & (rand(clean.shape) < rand(batch, 1) * (rand(batch, 1) < 0.5))
+    draft = torch.where(at_once, best, torch.where(follows, clean, revealing[-1]))
+    trajectory = torch.cat([revealing, draft.unsqueeze(0), draft.masked_fill(draft != clean, MASK).unsqueeze(0)])
+    draw = rand(batch)
+    return rm.history_until(trajectory, turns + (draw > 1 / 3).long() + (draw > 5 / 6).long())
 
 
 def frozen(model: MaskDiffusionTransformer, precision: str, compile: bool) -> Callable[[Tensor], Tensor]:
@@ -633,6 +676,18 @@ def pace(length: int, passes: int, haste: float) -> int:
     return max(1, min(length, math.ceil(haste * length / passes)))
 
 
+def even_reveal(passes: int) -> Callable[..., Tensor]:
+    """LLaDA's rule for rm.revise: the most confident masks, spread evenly over what is left of `passes` turns."""
+    left = iter(range(passes, 0, -1))
+
+    def rule(logits: Tensor, tokens: Tensor, mask_id: int, editable: Tensor, reveal: None) -> Tensor:
+        turns = next(left)
+        count = ((tokens == mask_id).sum(-1) + turns - 1) // turns
+        return rm.decide(logits, tokens, mask_id, editable, reveal=count, allow_remask=False)
+
+    return rule
+
+
 def haste_at(chosen: list[tuple[int, float]], passes: int) -> float:
     """The haste chosen for that many passes, or for the nearest number below (else the first)."""
     return max((pair for pair in chosen if pair[0] <= passes), default=chosen[0])[1]
@@ -647,9 +702,8 @@ def decode(model, info: dict, rows: Tensor, passes: int, args, chunk: int = 256)
     with the passes left over as free turns of revision.  One Revision a chunk of rows, with its trace.
     """
     low_confidence = info["variant"] in ("base", "sft")
-    length = info["tokenizer"]["answer_length"]
-    reveal = pace(length, passes, 1.0 if low_confidence else haste_at(info["haste"], passes))
-    device = model.embedding.device
+    length, device = info["tokenizer"]["answer_length"], model.embedding.device
+    reveal = None if low_confidence else pace(length, passes, haste_at(info["haste"], passes))
 
     def denoiser(embedded: Tensor) -> Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
@@ -661,7 +715,7 @@ def decode(model, info: dict, rows: Tensor, passes: int, args, chunk: int = 256)
         results.append(rm.revise(
             denoiser, part, MASK, history, passes, trace=True, reveal=reveal,
             editable=torch.arange(part.shape[1], device=device) >= part.shape[1] - length,
-            rule=partial(rm.decide, allow_remask=False) if low_confidence else None,
+            rule=even_reveal(passes) if low_confidence else None,
             remask_limit=None if low_confidence else args.remask_limit,
         ))
     return results
@@ -729,7 +783,10 @@ def evaluate(model, info: dict, problems: list[Problem], grader: str, passes: in
         "n": n,
         "passes": passes,
         "mean_passes": sum(turns) / n,
-        "subjects": {name: {"accuracy": sum(v) / len(v), "n": len(v)} for name, v in subjects.items()},
+        "subjects": {
+            name: {"accuracy": sum(v) / len(v), "n": len(v), "right": "".join("01"[verdict] for verdict in v)}
+            for name, v in subjects.items()
+        },
         "repaired": sum(r and not d for r, d in zip(right, draft_right)) / n,
         "broken": sum(d and not r for r, d in zip(right, draft_right)) / n,
         "remasks": remasks / n,
@@ -797,7 +854,7 @@ def stage(variant: str, model, base, pool: Tensor, tokenizer: Tokenizer, args, s
         sample = partial(
             sample_revision, pool=pool, prompt_length=tokenizer.prompt_length, corruption=args.corruption,
             base=frozen(base, args.precision, args.compile), top_k=args.top_k, second_guess=args.second_guess,
-            drafts=args.drafts,
+            drafts=args.drafts, reveals=args.reveals, remember=16 if gamma else 1,
         )
         settings |= dict(own_states=args.own_states, rule=partial(rm.decide, reveal=args.own_reveal))
         settings |= dict(weights=(1, 1, args.keep_weight))
@@ -842,7 +899,8 @@ def train_variant(variant: str, steps: int | None, problems, tokenizer: Tokenize
     path, main = args.out / f"{name}_{variant}_seed{args.seed}", rm.is_main_process()
     keys = SETTINGS + TUNING_SETTINGS * (variant != "base") + REVISION_SETTINGS * (variant in ("rm", "history"))
     settings = {key: getattr(args, key) for key in keys}
-    settings |= {"data": args.data and args.data.name, "test": args.test and args.test.name}
+    files = {"data": args.data, "test": args.test}
+    settings |= {key: file and [file.name, zlib.crc32(file.read_bytes())] for key, file in files.items()}
     evaluation = {key: getattr(args, key) for key in EVALUATION_SETTINGS}
     if path.with_suffix(".json").exists():
         record = json.loads(path.with_suffix(".json").read_text())
@@ -851,6 +909,7 @@ def train_variant(variant: str, steps: int | None, problems, tokenizer: Tokenize
             print(f"{path}.json is there, {variant} is done")
         if main and record.get("evaluation") != evaluation:
             model, info = rm.load_checkpoint(path.with_suffix(".pt"), "text", args.device)
+            info["graders"] = graders
             record |= {"test": evaluate_all(model, info, test, args), "evaluation": evaluation}
             rm.write_json(path.with_suffix(".json"), record)
         return record
@@ -859,28 +918,30 @@ def train_variant(variant: str, steps: int | None, problems, tokenizer: Tokenize
         symbols=tokenizer.symbols, words=tokenizer.words, prompt_length=tokenizer.prompt_length,
         answer_length=tokenizer.answer_length), "graders": graders, "haste": [(1, args.haste[-1])],
         "largest": args.largest}
-    model, resume, curve = new_model(tokenizer, args), path.with_suffix(".resume.pt"), []
+    model, resume, curve, seconds = new_model(tokenizer, args), path.with_suffix(".resume.pt"), [], 0.0
     if base is not None:
         model.load_state_dict(base.state_dict())
     if resume.exists():
-        notes = torch.load(resume, map_location="cpu", weights_only=True)["notes"]
+        saved = torch.load(resume, map_location="cpu", weights_only=True)
+        notes, seconds = saved["notes"], saved["seconds"]  # of training; there may be none left, only the scoring
         rm.require_same(settings, notes["settings"], resume)
         steps, curve = notes["steps"], notes["curve"]
     every = max(1, steps // 4)
     notes = {"steps": steps, "curve": curve, "settings": settings}
     if main:
         print(f"{label}, seed {args.seed}: {steps} steps of {args.batch_size} on {args.device}")
-    saving = dict(checkpoint=resume, checkpoint_every=every, notes=notes)
+    saving = dict(checkpoint=resume, checkpoint_every=max(1, steps // 20), notes=notes)
     run = stage(variant, model, base, pool, tokenizer, args, steps, **saving)
     for step, stats in run:
+        seconds = stats["seconds"]
         if not main or step % max(1, every // 10) and step % every and step < steps:
             continue
         if step % every == 0 or step == steps:
             losses = {key: stats[key].item() for key in ("reveal", "remask", "keep")}
             passes = max(1, tokenizer.answer_length // 4)
             scores = {f: evaluate(model, info, validation[f], graders[f], passes, args)["accuracy"] for f in validation}
-            curve.append({"step": step, "minutes": stats["seconds"] / 60, "passes": passes, **losses, **scores})
-        left = stats["seconds"] / step * (steps - step)
+            curve.append({"step": step, "minutes": seconds / 60, "passes": passes, **losses, **scores})
+        left = seconds / step * (steps - step)
         line = f"step {step}/{steps} loss: "
         line += " ".join(f"{key} {stats[key]:.3f}" for key in ("reveal", "remask", "keep"))
         if curve:
@@ -891,7 +952,7 @@ def train_variant(variant: str, steps: int | None, problems, tokenizer: Tokenize
         print(f"\r{line}\033[K" if terminal else line, end="" if terminal and step < steps else "\n", flush=True)
     if main and variant in ("rm", "history"):
         info["haste"] = choose_haste(model, info, validation, args)
-    record = info | {"seed": args.seed, "steps": steps, "minutes": stats["seconds"] / 60, "settings": settings}
+    record = info | {"seed": args.seed, "steps": steps, "minutes": seconds / 60, "settings": settings}
     record |= {"params": sum(p.numel() for p in model.parameters()), "compiled": args.compile,
                "precision": args.precision, "provenance": rm.provenance()}
     if main:
@@ -911,7 +972,7 @@ def choose_haste(model, info: dict, validation: dict[str, list[Problem]], args) 
 
     choice, an answer of one pass, has no say beside other families.
     """
-    chosen, families = [], [family for family in validation if family != "choice"] or list(validation)
+    chosen, families = [], [f for f in validation if validation[f][0].subject != "choice"] or list(validation)
     for passes in args.passes or budgets(info["tokenizer"]["answer_length"]):
         right = {}
         for haste in args.haste if len(args.haste) > 1 else []:
@@ -928,9 +989,9 @@ def evaluate_all(model, info: dict, test: dict[str, list[Problem]], args) -> dic
     scores = {}
     for family, problems in test.items():
         length = info["tokenizer"]["answer_length"]
-        counts = args.passes or ([1] if family == "choice" else budgets(length))
+        counts = args.passes or ([1] if problems[0].subject == "choice" else budgets(length))
         if info["variant"] in ("base", "sft"):  # one reveal a pass is done after N passes; more change nothing
-            counts = [count for count in counts if count <= length] or [length]
+            counts = sorted({min(count, length) for count in counts})
         scores[family] = []
         for passes in counts:
             score = evaluate(model, info, problems, info["graders"][family], passes, args)
@@ -961,7 +1022,7 @@ def train_all(args) -> dict:
     if None in steps and not done:
         started = args.out / f"{name}_seed{args.seed}.steps.json"  # a resumed run keeps its first measurement
         if started.exists():
-            steps = json.loads(started.read_text())
+            steps = [given or found for given, found in zip(steps, json.loads(started.read_text()))]
         else:
             measured = measured_steps(pool, tokenizer, variants, args)
             steps = [given or found for given, found in zip(steps, measured)]
@@ -999,10 +1060,14 @@ def report(records: dict[str, dict], length: int) -> dict:
         for family, rows in scores[variant].items():
             theirs = {row["passes"]: row for row in scores["sft"][family]}
             last = theirs[max(theirs)]  # beyond N passes SFT stays as it is
-            against[variant][family] = [
-                {"passes": row["passes"]} | paired_bootstrap(row["right"], theirs.get(row["passes"], last)["right"])
-                for row in rows
-            ]
+            against[variant][family] = []
+            for row in rows:
+                other = theirs.get(row["passes"], last)
+                difference = {"passes": row["passes"]} | paired_bootstrap(row["right"], other["right"])
+                if len(row["subjects"]) > 1:
+                    difference["subjects"] = {name: paired_bootstrap(part["right"], other["subjects"][name]["right"])
+                                              for name, part in row["subjects"].items()}
+                against[variant][family].append(difference)
     return {"answer_length": length, "scores": scores, "minus_sft": against}
 
 
@@ -1036,8 +1101,9 @@ def print_report(result: dict) -> None:
             row = at(scores[variant][family], shares["N/4"])
             print(f"  {VARIANTS[variant][0]} at {row['passes']} passes: {row['remasks']:.2f} re-masks an answer, "
                   f"{100 * row['repaired']:.1f} % repaired, {100 * row['broken']:.1f} % broken, "
-                  f"{100 * row['replayed']:.1f} % of re-masks replayed")
-    if "math" in families:
+                  f"{100 * row['replayed']:.1f} % of re-masks replayed"
+                  + (f", {100 * row['false_steps']:.1f} % with a false step" if "false_steps" in row else ""))
+    if "math" in families and set(PAPER_SUBJECTS) <= set(scores["base"]["math"][0]["subjects"]):
         for label, passes in shares.items():
             print(f"\nmath by subject at {label} = {passes} passes, % (in brackets the paper's SFT and RM)")
             for subject in PAPER_SUBJECTS:
@@ -1144,7 +1210,7 @@ SETTINGS = (  # what a resumed run must share with the run it goes on from
 ).split()
 TUNING_SETTINGS = "steps tuning_rate".split()
 EVALUATION_SETTINGS = "n passes grader test_seed".split()
-REVISION_SETTINGS = "corruption top_k drafts keep_weight second_guess own_states own_reveal haste remask_limit".split()
+REVISION_SETTINGS = "corruption top_k drafts reveals keep_weight second_guess own_states own_reveal haste remask_limit".split()
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -1160,7 +1226,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--task", choices=[*TASKS, "all"], help="a family, or 'all': math, code and choice mixed (default code)")
     add("--data", type=Path, metavar="TRAIN.jsonl", help='own training data: {"prompt": text, "answer": text} a line')
     add("--test", type=Path, metavar="TEST.jsonl", help="own test data; its prompts are left out of training")
-    add("--grader", choices=GRADERS, help="how answers are judged (default: the task's own, exact for own data)")
+    add("--grader", choices=GRADERS, help="how answers are judged (default: the task's or checkpoint's own, exact for own data)")
     add("--words", action="store_true", help="tokens are words between single spaces, not characters")
     add("--largest", type=int, default=9, help="difficulty: the largest number in most problems (default 9)")
     add("--pool", type=int, default=100_000, help="generated training problems (default 100000)")
@@ -1168,7 +1234,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--validation", type=int, default=300, help="validation problems, for the curve and --haste (default 300)")
     add = parser.add_argument_group("training").add_argument
     add("--history", action="store_true", help="also train RM + history (Eq. 2, gamma 0.9 with rotation)")
-    add("--minutes", type=float, default=25, help="training time of all models; turned into steps (default 25)")
+    add("--minutes", type=float, default=25, help="training time of all models, turned into those steps that are not given (default 25)")
     add("--base-steps", type=int, help="train the base exactly this many steps instead")
     add("--steps", type=int, help="train every other model exactly this many steps instead")
     add("--batch-size", type=int, default=64, help="sequences a step (default 64)")
@@ -1177,9 +1243,10 @@ def parse_arguments() -> argparse.Namespace:
     add("--learning-rate", type=float, default=2.5e-3, help="of the base (default 2.5e-3)")
     add("--tuning-rate", type=float, default=1.5e-3, help="of SFT and RM (default 1.5e-3)")
     add("--prompt-share", type=float, default=0.2, help="rows of the base that mask the prompt too (default 0.2)")
-    add("--corruption", type=float, default=0.3, help="share of positions that start wrong (default 0.3)")
+    add("--corruption", type=float, default=0.3, help="share of positions that start wrong, or with --drafts drafted (default 0.3)")
     add("--top-k", type=int, default=4, help="wrong tokens come from the base's k likeliest (default 4)")
     add("--drafts", action="store_true", help="ours: wrong tokens as likely as the base makes them, see sample_revision")
+    add("--reveals", type=float, default=0.0, help="ours: share of rows in a parallel reveal of the base's (default 0)")
     add("--keep-weight", type=float, default=1.0, help="of the keep loss (default 1)")
     add("--second-guess", type=float, default=0.0, help="ours: share of second wrong guesses (default 0)")
     add("--own-states", type=float, default=0.0, help="ours: share that goes on from own decisions (default 0)")
@@ -1188,9 +1255,9 @@ def parse_arguments() -> argparse.Namespace:
     add("--compile", action="store_true", help="torch.compile the network (needs a C++ compiler on CPU)")
     add = parser.add_argument_group("decoding and evaluation").add_argument
     add("--checkpoint", type=Path, default=HERE / "checkpoints/text_rm.pt", help="default: the shipped one")
-    add("--passes", type=int, nargs="+", help="forward passes at most (default: N/16 to 2N; with --ask N)")
-    add("--haste", type=float, nargs="+", help="RM reveals so many times as fast as it must, then revises; training takes "
-        "of several the best on validation problems, by passes (default 1 2; of a checkpoint: as chosen then)")
+    add("--passes", type=int, nargs="+", help="forward passes at most (default: N/16 to 2N, for choice 1; with --ask N)")
+    add("--haste", type=float, nargs="+", metavar="H", help="RM reveals H times as fast as it must, and the passes saved are for revision; training "
+        "chooses among several on validation problems (default 1 2), a checkpoint knows its choice")
     add("--remask-limit", type=int, help="re-masks of a position at most (default: no limit)")
     add("--test-seed", type=int, default=1, help="of the generated test problems (default 1)")
     add = parser.add_argument_group("general").add_argument
@@ -1208,14 +1275,16 @@ def parse_arguments() -> argparse.Namespace:
 def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Ends with one line and exit code 2 where options contradict each other or lie outside their range."""
     training = "data words pool history minutes base_steps steps batch_size width layers learning_rate tuning_rate "
-    training += "prompt_share corruption top_k drafts keep_weight second_guess own_states own_reveal compile largest "
+    training += "prompt_share corruption top_k drafts reveals keep_weight second_guess own_states own_reveal compile largest "
     training += "validation seed"
     using = args.evaluate or args.ask is not None
-    asking = "task test grader n test_seed".split() * (args.ask is not None)
-    unused = training.split() + asking if using else ["checkpoint"]
+    unused = training.split() if using else ["checkpoint"]
+    unused += "task test grader n test_seed".split() * (args.ask is not None)
+    unused += "task".split() * (args.evaluate and args.test is not None) + ["test_seed"] * (args.test is not None)
+    unused += "pool largest".split() * (args.data is not None) + ["own_reveal"] * (not args.own_states)
     for name in unused:  # an option that would be ignored is an error
         if getattr(args, name) != parser.get_default(name):
-            parser.error(f"--{name.replace('_', '-')} has no effect {'there' if using else 'in training'}")
+            parser.error(f"--{name.replace('_', '-')} has no effect here")
     args.task_given = args.task is not None
     if args.data and not args.test:
         parser.error("--data needs --test")
@@ -1251,7 +1320,7 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
         parser.error("--largest must lie in 5..99")
     if args.passes and min(args.passes) < 1 or args.remask_limit is not None and args.remask_limit < 0:
         parser.error("--passes must be at least 1 and --remask-limit at least 0")
-    for name in ("corruption", "second_guess", "own_states", "prompt_share"):
+    for name in ("corruption", "second_guess", "reveals", "own_states", "prompt_share"):
         if not 0 <= getattr(args, name) <= 1:
             parser.error(f"--{name.replace('_', '-')} must lie in [0, 1]")
     if args.keep_weight < 0 or args.seed < 0:

@@ -398,7 +398,11 @@ def test_every_method_makes_at_most_the_passes_it_may_and_leaves_prompts_alone(m
             assert len(calls) <= passes and (result.tokens != text.MASK).all()
             for state in result.trace:
                 assert torch.equal(state[:, : tokenizer.prompt_length], rows[:, : tokenizer.prompt_length])
-            if variant == "sft":  # never takes anything back
+            if variant == "sft":  # spends its passes evenly and never takes anything back
+                reveals = (result.trace == text.MASK).sum(-1).diff(dim=0).neg()
+                assert len(calls) == min(passes, tokenizer.answer_length) + (passes > tokenizer.answer_length)
+                reveals = reveals[: min(passes, tokenizer.answer_length)]
+                assert reveals.max() - reveals.min() <= 1 and (reveals.diff(dim=0) <= 0).all()
                 assert ((result.trace[:-1] == text.MASK) | (result.trace[:-1] == result.trace[1:])).all()
 
 
@@ -420,14 +424,66 @@ def test_haste_is_chosen_by_validation_and_looked_up_by_passes(monkeypatch):
     monkeypatch.setattr(text, "evaluate", lambda model, info, problems, grader, passes, args:
                         {"accuracy": -abs(info["haste"][0][1] - {4: 2.0, 8: 1.0}[passes])})
     info = {"haste": [(1, 2.0)], "graders": {"math": "result"}, "tokenizer": {"answer_length": 8}}
-    args = SimpleNamespace(passes=[4, 8], haste=[1.0, 2.0, 3.0])
-    assert text.choose_haste(None, info, {"math": []}, args) == [(4, 2.0), (8, 1.0)]
+    args, math = SimpleNamespace(passes=[4, 8], haste=[1.0, 2.0, 3.0]), {"math": [text.Problem("", "", "algebra")]}
+    assert text.choose_haste(None, info, math, args) == [(4, 2.0), (8, 1.0)]
     asked = []  # choice has no say where others have
     monkeypatch.setattr(text, "evaluate", lambda model, info, problems, *rest: asked.append(problems) or {"accuracy": 0})
-    text.choose_haste(None, info | {"graders": dict.fromkeys(("math", "choice"))}, {"math": "m", "choice": "c"}, args)
-    assert set(asked) == {"m"}
+    problems = {name: [text.Problem("", "", name)] for name in ("math", "choice")}
+    text.choose_haste(None, info | {"graders": dict.fromkeys(problems)}, problems, args)
+    assert asked and all(given == problems["math"] for given in asked)
     args.haste = [1.5]  # nothing to choose
-    assert text.choose_haste(None, info, {"math": []}, args) == [(4, 1.5), (8, 1.5)]
+    assert text.choose_haste(None, info, math, args) == [(4, 1.5), (8, 1.5)]
+
+
+def test_a_reveal_that_may_go_wrong():
+    """Every state of reveal_trajectory, by loops over its rows, with a base whose mistakes are known."""
+    generator, answer = torch.Generator().manual_seed(0), 8
+    clean = torch.randint(3, 9, (400, 3 + answer), generator=generator)
+    rank = torch.stack([torch.randperm(answer, generator=generator) for _ in clean])
+    order = torch.cat([torch.full((400, 3), 99), rank], 1)
+    masks = torch.randint(1, answer + 1, (400, 1), generator=generator)
+    best = torch.randint(3, 9, clean.shape, generator=generator)
+    sure = torch.rand(clean.shape, generator=generator)
+    logits = 5 * torch.nn.functional.one_hot(best, 9) * (1 + sure.unsqueeze(-1))
+    logits[..., text.MASK] = 99.0  # never revealed
+    states = text.reveal_trajectory(clean, logits, order, masks, answer, generator, remember=4)
+    kinds = []
+    for row in range(400):
+        seen = [state for state in states[:, row] if state[0] != text.ABSENT]
+        assert all(torch.equal(state[:3], clean[row, :3]) for state in seen)
+        assert (seen[0][3:] == text.MASK).all()
+        left = [int((state == text.MASK).sum()) for state in seen]
+        m, now = int(masks[row]), seen[-1]
+        masked = order[row] < m
+        wrong = [(i, state) for state in seen for i in range(3, 11) if state[i] not in (text.MASK, clean[row, i])]
+        if not wrong and left[-1] == m and torch.equal(now == text.MASK, masked):  # before the base's reveal
+            assert torch.equal(now, clean[row].masked_fill(masked, text.MASK)) and left == sorted(left, reverse=True)
+            kinds.append("before")
+            continue
+        draft = wrong[0][1] if wrong else now
+        filled = (draft != text.MASK) & masked
+        chosen = [i for i in range(11) if filled[i] and draft[i] != clean[row, i]]
+        assert all(draft[i] == best[row, i] for i in chosen)
+        for i in chosen:  # whatever the base was surer of was revealed, too
+            assert all(filled[j] for j in range(11) if masked[j] and sure[row, j] > sure[row, i])
+        if wrong and now is not draft:
+            assert torch.equal(now, draft.masked_fill(draft != clean[row], text.MASK))
+        kinds.append("remasked" if wrong and not torch.equal(now, draft) else "after")
+    assert 0.2 < kinds.count("before") / 400 < 0.5 and kinds.count("after") > 120 and kinds.count("remasked") > 20
+
+
+def test_rows_in_a_parallel_reveal_mix_with_the_others():
+    tokenizer, pool = small_pool()
+    for remember in (1, 8):
+        states, clean, editable = text.sample_revision(
+            64, torch.Generator().manual_seed(0), pool, tokenizer.prompt_length,
+            lambda tokens: torch.zeros(*tokens.shape, tokenizer.vocabulary), reveals=0.5, remember=remember,
+        )
+        start = tokenizer.prompt_length
+        assert torch.equal(states[-1, :, :start], clean[:, :start]) and not (states[-1] == text.ABSENT).any()
+        assert editable[:, start:].all() and not editable[:, :start].any()
+        present = (states[..., 0] != text.ABSENT).int()
+        assert (present.diff(dim=0) >= 0).all() and len({int(n) for n in present.sum(0)}) > 2
 
 
 def test_budgets_and_pace():
@@ -531,6 +587,18 @@ def test_a_killed_run_goes_on_where_it_stopped(smoke, monkeypatch, capsys):
     for name in ("choice_sft_seed0.pt", "choice_rm_seed0.pt"):
         one, two = (torch.load(smoke / run / name, weights_only=True)["model"] for run in ("unbroken", "killed"))
         assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_a_run_killed_while_it_is_scored_is_scored_again(smoke, monkeypatch, capsys):
+    common = ("--smoke", "--task", "choice", "--device", "cpu", "--out", smoke / "scoring")
+    scoring = text.evaluate_all
+    monkeypatch.setattr(text, "evaluate_all", lambda *given: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        in_process(monkeypatch, capsys, *common)
+    monkeypatch.setattr(text, "evaluate_all", scoring)
+    in_process(monkeypatch, capsys, *common)
+    record = json.loads((smoke / "scoring" / "choice_base_seed0.json").read_text())
+    assert record["minutes"] > 0 and record["steps"] == 4 and record["test"]
 
 
 def test_ask_shows_marked_turns(smoke, monkeypatch, capsys):
