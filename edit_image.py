@@ -103,12 +103,12 @@ BOTTOM = {"top": 5, "back": 10, "front": 14}  # the lowest row of an object; dra
 CENTRE = {"left": 3, "middle": 8, "right": 12}
 VISIBLE = 0.6  # of every object at least this share shows, so that what is hidden can be inferred
 VERBS = ("recolour", "add", "remove", "move", "replace")
-UNSEEN = {  # the phrasings kept for test; training knows their words, and each order of words with other verbs
-    "recolour": ["colour {it} {colour}", "change {it} to {colour}"],
-    "add": ["at the {place} add {new}", "at the {place} there should be {new}"],
-    "remove": ["remove {it} from the picture", "take away {it}"],
-    "move": ["to the {place} move {it}", "{it} should move to the {place}"],
-    "replace": ["instead of {it} put {new}", "change {it} for {new}"],
+UNSEEN = {  # the phrasings kept for test, of words that training knows; the third of each was added last, to be tested once
+    "recolour": ["colour {it} {colour}", "change {it} to {colour}", "to {colour} change the colour of {it}"],
+    "add": ["at the {place} add {new}", "at the {place} there should be {new}", "{new} there should be at the {place}"],
+    "remove": ["remove {it} from the picture", "take away {it}", "from the picture drop {it}"],
+    "move": ["to the {place} move {it}", "{it} should move to the {place}", "please carry {it} to the {place}"],
+    "replace": ["instead of {it} put {new}", "change {it} for {new}", "draw {new} for {it}"],
 }
 SEEN = {  # for training, and half of the test; "a/b" stands for one phrasing with a and one with b
     "recolour": [
@@ -317,6 +317,10 @@ def scene_words() -> list[str]:
 # Pairs and their tokens
 
 
+def split_words(text: str) -> list[str]:
+    return text.lower().replace(",", " ").rstrip(".! ").split()
+
+
 @dataclass
 class Codec:
     """Between images and words on one side and token ids on the other; saved inside the checkpoint."""
@@ -350,7 +354,7 @@ class Codec:
 
     def encode_text(self, text: str, where: str = "the instruction") -> list[int]:
         """length ids, "no word" at the end.  Raises InputError that names an unknown word."""
-        words = text.lower().replace(",", " ").rstrip(".! ").split()
+        words = split_words(text)
         known = {word: 3 + 2 * len(self.palette) + i for i, word in enumerate(self.words)}
         for word in words:
             if word not in known:
@@ -407,7 +411,7 @@ def read_png(path: Path) -> np.ndarray:
     try:
         image = Image.open(path).convert("RGBA")
         return np.asarray(Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB"))
-    except (OSError, ValueError, SyntaxError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise InputError(f"{path} cannot be read as an image: {error}") from None
 
 
@@ -431,6 +435,8 @@ def read_pairs(folder: Path, codec: Codec | None = None, most: int | None = None
             pair = json.loads(line)
             text, names = pair["instruction"], [pair["source"], pair["target"]]
             verb = pair.get("verb") or text.lower().split()[0]
+            if not all(isinstance(part, str) for part in (text, verb, *names)):
+                raise TypeError
         except (ValueError, KeyError, TypeError, AttributeError, IndexError):
             raise InputError(f'{where} must be JSON with "instruction", "source" and "target"') from None
         both = [read_png(folder / name) for name in names]
@@ -447,9 +453,8 @@ def read_pairs(folder: Path, codec: Codec | None = None, most: int | None = None
     if codec is None:
         count = Counter(map(tuple, np.array(images).reshape(-1, 3).tolist()))
         palette = sorted(list(rgb) for rgb, _ in count.most_common(colours))
-        longest = max(len(text.split()) for text in texts)
-        words = sorted({word for text in texts for word in text.lower().replace(",", " ").rstrip(".! ").split()})
-        codec = Codec(palette, words, longest + 2, *size)
+        split = [split_words(text) for text in texts]
+        codec = Codec(palette, sorted(set().union(*split)), max(map(len, split)) + 2, *size)
         if codec.pixels > 1024:
             raise InputError(f"{folder} has images of {size[1]}x{size[0]} pixels, 32x32 are possible")
     tokens = torch.from_numpy(np.array([[codec.encode_image(i) for i in both] for both in images]).astype(np.int64))
@@ -658,7 +663,7 @@ def two_phase(denoiser, tokens: Tensor, editable: Tensor, history: HistoryRefere
 class Edited(NamedTuple):
     tokens: Tensor  # int64 [B, P], no MASK
     masked: Tensor  # bool [B, P]: masked in some turn; elsewhere tokens equal the start
-    turns: list[int]  # a row
+    turns: list[int]  # forward passes a row
     trace: Tensor  # int64 [turns + 1, B, P]
 
 
@@ -688,15 +693,16 @@ def edit(
     history = PromptHistory(model.embedding.detach(), gamma, rotate, codec.prompt)
     if decoding.name == "loop":
         rule = partial(remask_above, decoding.threshold)
-        trace = rm.revise(
+        result = rm.revise(
             denoiser, tokens, MASK, history, decoding.max_turns, editable.expand_as(tokens), trace=True, rule=rule
-        ).trace
+        )
+        trace, turns = result.trace, result.turns
     else:
         trace = two_phase(denoiser, tokens, editable.expand_as(tokens), history, decoding)
+        moving = (trace[1:] != trace[:-1]).any(-1)  # a row is done with the last turn in which it changed, or the first
+        turns = (moving * torch.arange(1, len(moving) + 1, device=moving.device).unsqueeze(1)).amax(0).clamp(min=1).tolist()
     trace = trace[..., codec.prompt :]
-    moving = (trace[1:] != trace[:-1]).any(-1)  # the last turn in which a row changed
-    turns = (moving * torch.arange(1, len(moving) + 1, device=moving.device).unsqueeze(1)).amax(0)
-    return Edited(trace[-1], (trace == MASK).any(0), turns.tolist(), trace)
+    return Edited(trace[-1], (trace == MASK).any(0), turns, trace)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -831,7 +837,9 @@ def print_table(rows: dict[str, dict]) -> None:
         print(f"{label:36}{exact}" + "".join(f"{cell:>10}" for cell in cells))
     for label, row in rows.items():
         print(f"{label:36}exact % by verb: " +
-              ", ".join(f"{verb} {100 * part['exact']:.1f}" for verb, part in row["by_verb"].items()))
+              ", ".join(f"{verb} {100 * part['exact']:.1f}" for verb, part in row["by_verb"].items()) +
+              "".join(f"; {kind} phrasing {100 * row[f'{kind}_phrasing']['exact']:.1f}"
+                      for kind in ("seen", "unseen") if f"{kind}_phrasing" in row))
     print(f"n = {next(iter(rows.values()))['n']} pairs; the mean PSNR is over finite values, its median over all; "
           "the paper's images are photographs: not comparable in the absolute")
 
@@ -876,6 +884,8 @@ def train_method(method: str, steps: int, pool: Pairs, codec: Codec, args) -> tu
     if path.exists():
         network, record = rm.load_checkpoint(path, "image", args.device, NEEDS)
         rm.require_same(settings, record["settings"], path)
+        if record["codec"] != asdict(codec):
+            raise InputError(f"{path} was made with other words or colours: use another --out, or delete it")
         if main:
             print(f"{path} is there, {method} is done")
         return Editor(codec, network), record
@@ -883,9 +893,10 @@ def train_method(method: str, steps: int, pool: Pairs, codec: Codec, args) -> tu
     model = Editor(codec).to(args.device)
     if method != "base":
         model = Editor(codec, rm.load_checkpoint(args.out / "base.pt", "image", args.device, NEEDS)[0]).train()
-    resume, curve = path.with_suffix(".resume.pt"), []
+    resume, curve, seconds = path.with_suffix(".resume.pt"), [], 0.0
     if resume.exists():
-        notes = torch.load(resume, map_location="cpu", weights_only=True)["notes"]
+        saved = torch.load(resume, map_location="cpu", weights_only=True)
+        notes, seconds = saved["notes"], saved["seconds"]
         rm.require_same(settings, notes["settings"], resume)
         steps, curve = notes["steps"], notes["curve"]
     notes = {"steps": steps, "curve": curve, "settings": settings}
@@ -894,18 +905,19 @@ def train_method(method: str, steps: int, pool: Pairs, codec: Codec, args) -> tu
     run = training_run(model, method, pool, args, steps, checkpoint=resume, notes=notes)
     every, mean = max(1, steps // 20), dict.fromkeys(("reveal", "remask", "keep"), 0.0)
     for step, stats in run:
+        seconds = stats["seconds"]
         mean = {key: value + stats[key] / every for key, value in mean.items()}  # on the device: no wait
         if step % every == 0:  # the mean loss since the last point
             mean = {key: value.item() for key, value in mean.items()}
-            curve.append({"step": step, "minutes": stats["seconds"] / 60, **mean})
-            left = stats["seconds"] / step * (steps - step)
+            curve.append({"step": step, "minutes": seconds / 60, **mean})
+            left = seconds / step * (steps - step)
             losses = f"reveal {mean['reveal']:.4f} re-mask {mean['remask']:.4f} keep {mean['keep']:.4f}"
             losses += f" {left // 60:.0f}:{left % 60:02.0f} left"
             if main:
                 print(f"{method} step {step}/{steps} loss: {losses}", flush=True)
             mean = dict.fromkeys(mean, 0.0)
     gamma, rotate, dropout = METHODS[method]
-    record = {"method": method, "gamma": gamma, "rotate": rotate, "steps": steps, "minutes": stats["seconds"] / 60}
+    record = {"method": method, "gamma": gamma, "rotate": rotate, "steps": steps, "minutes": seconds / 60}
     record |= {"settings": settings, "training": TRAINING, "compiled": args.compile, "curve": curve}
     record |= {"codec": asdict(codec), "provenance": rm.provenance()}
     if main:
@@ -1112,6 +1124,8 @@ def parse_arguments() -> argparse.Namespace:
     editing = ["checkpoint", "decode", "mask_steps", "reveal_steps", "max_turns", "threshold"]
     editing += ["guidance", "image_guidance"]
     mode = "--image" if args.image else "--evaluate" if args.evaluate else "training"
+    if args.evaluate and args.test and args.seed:
+        parser.error("--seed has no effect with --test, which has no scenes to draw")
     unused = {
         "--image": training + ["test", "n", "seed", "smoke"],
         "--evaluate": training + ["instruction", "gif", "smoke"],
@@ -1148,6 +1162,14 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
+def check_decoding(args, method: str) -> None:
+    """A base or SFT model regenerates: sets args.decoding, and raises InputError where RM's was asked for."""
+    if method in ("base", "sft"):
+        if args.decoding != Decoding():
+            raise InputError(f"{args.checkpoint} is a {method} model, which regenerates: the options of editing are RM's")
+        args.decoding = decodings_of(method)[""]
+
+
 def main() -> None:
     args = parse_arguments()
     args.device = rm.start_device(args.device)
@@ -1156,6 +1178,7 @@ def main() -> None:
         raise InputError("torchrun is for training; run this with one process")
     if args.image:
         network, record = rm.load_checkpoint(args.checkpoint, "image", args.device, NEEDS)
+        check_decoding(args, record["method"])
         result = edit_file(args, Editor(Codec(**record["codec"]), network).eval(), record)
     elif args.evaluate:
         network, record = rm.load_checkpoint(args.checkpoint, "image", args.device, NEEDS)
@@ -1167,8 +1190,7 @@ def main() -> None:
             if asdict(codec) != record["codec"]:
                 raise InputError(f"{args.checkpoint} was trained on other images than our scenes: give --test DIR")
         method = record["method"]
-        if method in ("base", "sft"):
-            args.decoding = decodings_of(method)[""]
+        check_decoding(args, method)
         score, tokens, masked = evaluate(model, record["gamma"], record["rotate"], pairs, args.decoding, args.precision)
         print_table({method: score})
         draw_gallery(args.out / "evaluate.png", model.codec, pairs, {method: (tokens, masked)})
