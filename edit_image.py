@@ -951,6 +951,9 @@ def train_all(args) -> dict:
         steps = args.steps
     elif (args.out / "base.pt").exists():  # a run that goes on
         steps = round(rm.load_checkpoint(args.out / "base.pt", "image", args.device, NEEDS)[1]["steps"] / BASE_STEPS)
+    elif (args.out / "base.resume.pt").exists():
+        saved = torch.load(args.out / "base.resume.pt", map_location="cpu", weights_only=True)
+        steps = round(saved["notes"]["steps"] / BASE_STEPS)
     else:
         steps = measured_steps(args.minutes / (len(args.methods) - 1 + BASE_STEPS), codec, pool, args)
     trained = {method: train_method(method, steps, pool, codec, args) for method in args.methods}
