@@ -249,6 +249,8 @@ def test_faulty_folders_are_named(tmp_path):
     for name, content, message in (
         ("empty", "", "has no pairs"), ("text", "hello\n", "line 1 must be JSON"),
         ("keys", '{"instruction": "x", "source": "a.png"}\n', "line 1 must be JSON"),
+        ("number", '{"instruction": "x", "source": 5, "target": "b.png"}\n', "line 1 must be JSON"),
+        ("verb", '{"instruction": 5, "source": "a.png", "target": "b.png", "verb": "x"}\n', "line 1 must be JSON"),
         ("lost", '{"instruction": "x", "source": "a.png", "target": "b.png"}\n', "a.png cannot be read"),
     ):
         (tmp_path / name).mkdir()
@@ -259,6 +261,7 @@ def test_faulty_folders_are_named(tmp_path):
     with pytest.raises(image.InputError, match="line 2: 1_source.png is 9x9 pixels, expected 8x8"):
         image.read_pairs(mixed)
     train = image.read_pairs(write_pairs(tmp_path / "train", [good]))[1]
+    assert image.read_pairs(write_pairs(tmp_path / "comma", [("one,two,three,four", *good[1:])]))[1].length == 6
     other = write_pairs(tmp_path / "other", [("make it blue", flat(0, 0, 0), flat(200, 0, 0))])
     with pytest.raises(image.InputError, match="blue"):
         image.read_pairs(other, train)
@@ -618,7 +621,11 @@ def test_a_file_is_edited_with_pictures_and_animation(trained, monkeypatch, tmp_
     assert getattr(Image.open(tmp_path / "turns.gif"), "n_frames", 1) >= 1
     run(monkeypatch, "--checkpoint", folder / "out/history.pt", "--evaluate", "--test", folder / "pairs", "--decode",
         "loop", "--threshold", "0.5", "--out", tmp_path / "ev", "--json", tmp_path / "ev.json")
-    assert json.loads((tmp_path / "ev.json").read_text())["n"] == 6 and (tmp_path / "ev/evaluate.png").exists()
+    record = json.loads((tmp_path / "ev.json").read_text())
+    assert record["n"] == 6 and 1 <= record["mean_turns"] <= 16 and (tmp_path / "ev/evaluate.png").exists()
+    run(monkeypatch, "--checkpoint", folder / "out/sft.pt", "--image", source, "--instruction", "make it black",
+        "--out", tmp_path / "sft.png", "--json", tmp_path / "sft.json")  # regenerates every pixel
+    assert json.loads((tmp_path / "sft.json").read_text())["remasked_pixels"] == 64
 
 
 def test_bad_input_is_one_line_and_exit_code_2(trained, monkeypatch, tmp_path, capsys):
@@ -628,6 +635,8 @@ def test_bad_input_is_one_line_and_exit_code_2(trained, monkeypatch, tmp_path, c
     Image.fromarray(flat(0, 0, 0, size=9)).save(tmp_path / "wide.png")
     (tmp_path / "text.png").write_text("no image")
     out = ["--out", tmp_path / "o.png"]
+    (tmp_path / "moved").mkdir()
+    recoloured = write_pairs(tmp_path / "moved/pairs", [("make it red", flat(0, 0, 0), flat(0, 0, 200))])
     for words, message in (
         ([*checkpoint, "--image", tmp_path / "wide.png", "--instruction", "make it red", *out], "9x9 pixels"),
         ([*checkpoint, "--image", tmp_path / "no.png", "--instruction", "make it red", *out], "cannot be read"),
@@ -640,6 +649,9 @@ def test_bad_input_is_one_line_and_exit_code_2(trained, monkeypatch, tmp_path, c
         (["--checkpoint", tmp_path / "none.pt", "--evaluate"], "none.pt"),
         (["--pairs", folder / "words", "--test", folder / "pairs", "--out", tmp_path / "x"], "jsonl cannot be read"),
         (["--device", "cuda:7", "--smoke"], "cuda:7"),
+        (["--checkpoint", folder / "out/sft.pt", "--evaluate", "--test", folder / "pairs", "--decode", "loop"],
+         "is a sft model, which regenerates"),
+        (["--pairs", recoloured, "--test", recoloured, *arguments[4:]], "other words or colours"),
     ):
         with pytest.raises(image.InputError, match=message) as caught:
             run(monkeypatch, *words)
@@ -648,7 +660,7 @@ def test_bad_input_is_one_line_and_exit_code_2(trained, monkeypatch, tmp_path, c
         ["--image", good, "--instruction", "make it red"], ["--image", good, *out], ["--pairs", folder / "pairs"],
         ["--instruction", "make it red"], ["--evaluate", "--steps", "3"], ["--steps", "0"], ["--threshold", "0.5"],
         ["--evaluate", "--decode", "loop", "--mask-steps", "3"], ["--evaluate", "--threshold", "1.5"],
-        ["--gif", "a.gif"], ["--smoke", "--seed", "1000000"], ["--methods", "best"],
+        ["--evaluate", "--test", folder / "pairs", "--seed", "3"], ["--gif", "a.gif"], ["--smoke", "--seed", "1000000"], ["--methods", "best"],
     ):
         with pytest.raises(SystemExit) as caught:
             run(monkeypatch, *words)
