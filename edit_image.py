@@ -18,11 +18,11 @@ import argparse
 import json
 import math
 import random
-import re
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -103,7 +103,7 @@ BOTTOM = {"top": 5, "back": 10, "front": 14}  # the lowest row of an object; dra
 CENTRE = {"left": 3, "middle": 8, "right": 12}
 VISIBLE = 0.6  # of every object at least this share shows, so that what is hidden can be inferred
 VERBS = ("recolour", "add", "remove", "move", "replace")
-UNSEEN = {  # the phrasings kept for test, of words that training knows; the third of each was added last, to be tested once
+UNSEEN = {  # the phrasings kept for test, of words that training knows; the third of each was chosen before any result
     "recolour": ["colour {it} {colour}", "change {it} to {colour}", "to {colour} change the colour of {it}"],
     "add": ["at the {place} add {new}", "at the {place} there should be {new}", "{new} there should be at the {place}"],
     "remove": ["remove {it} from the picture", "take away {it}", "from the picture drop {it}"],
@@ -123,8 +123,9 @@ SEEN = {  # for training, and half of the test; "a/b" stands for one phrasing wi
         "at the {place} should appear {new}",
     ],
     "remove": [
-        "remove/delete/erase/drop {it}", "please remove/delete/erase {it}", "delete/erase/take/drop {it} from the picture",
-        "take/drop/put {it} away", "put/drop away {it}", "{it} should disappear/go", "away with {it}",
+        "remove/delete/erase/drop {it}", "please remove/delete/erase {it}",
+        "delete/erase/take/drop {it} from the picture", "take/drop/put {it} away",
+        "put/drop away {it}", "{it} should disappear/go", "away with {it}",
         "from the picture remove/delete/take {it}", "there should be no more {it}",
     ],
     "move": [
@@ -135,16 +136,16 @@ SEEN = {  # for training, and half of the test; "a/b" stands for one phrasing wi
     ],
     "replace": [
         "replace/exchange {it} by {new}", "swap/exchange/trade {it} for {new}", "turn/change/make {it} into {new}",
-        "instead of {it} draw/add/place {new}", "put/draw {new} instead of {it}", "please replace/exchange {it} by {new}",
-        "{it} should become/be {new}", "instead of {it} there should be {new}", "for {it} swap/draw {new}",
+        "instead of {it} draw/add/place {new}", "put/draw {new} instead of {it}",
+        "please replace/exchange {it} by {new}", "{it} should become/be {new}",
+        "instead of {it} there should be {new}", "for {it} swap/draw {new}",
     ],
 }
 
 
 def phrasings(pattern: str) -> list[str]:
-    """"turn/set {it}" -> ["turn {it}", "set {it}"]."""
-    start, verbs, rest = re.fullmatch(r"(.*?)(\S+/\S+)(.*)|.*", pattern).groups()
-    return [start + verb + rest for verb in verbs.split("/")] if verbs else [pattern]
+    """From "turn/set {it}": "turn {it}" and "set {it}"."""
+    return [" ".join(words) for words in product(*(word.split("/") for word in pattern.split()))]
 
 
 PHRASES = {verb: ([text for pattern in SEEN[verb] for text in phrasings(pattern)], UNSEEN[verb]) for verb in VERBS}
@@ -489,8 +490,7 @@ class Editor(nn.Module):
         words = [[codec.height, codec.width + i, 0, 1] for i in range(codec.length)]
         blocks = -(-codec.width // 4)
         grid = [[y, x, 1 + y // 4 * blocks + x // 4, 0] for y in range(codec.height) for x in range(codec.width)]
-        places = dict(positions="both", coordinates=words + grid)
-        config = TransformerConfig(codec.vocabulary, codec.prompt, heads=2, **places)
+        config = TransformerConfig(codec.vocabulary, codec.prompt, heads=2, positions="both", coordinates=words + grid)
         self.codec, self.network = codec, network or MaskDiffusionTransformer(config)
 
     @property
@@ -699,8 +699,9 @@ def edit(
         trace, turns = result.trace, result.turns
     else:
         trace = two_phase(denoiser, tokens, editable.expand_as(tokens), history, decoding)
-        moving = (trace[1:] != trace[:-1]).any(-1)  # a row is done with the last turn in which it changed, or the first
-        turns = (moving * torch.arange(1, len(moving) + 1, device=moving.device).unsqueeze(1)).amax(0).clamp(min=1).tolist()
+        moving = (trace[1:] != trace[:-1]).any(-1)  # a row is done with its last change, or after the first turn
+        number = torch.arange(1, len(moving) + 1, device=moving.device).unsqueeze(1)
+        turns = (moving * number).amax(0).clamp(min=1).tolist()
     trace = trace[..., codec.prompt :]
     return Edited(trace[-1], (trace == MASK).any(0), turns, trace)
 
@@ -817,7 +818,7 @@ def decodings_of(method: str) -> dict[str, Decoding]:
 
 def print_table(rows: dict[str, dict]) -> None:
     """The paper's table beside ours: label -> record."""
-    heads = ("prec. %", "cover. %", "MAE", "PSNR med.", "mean", "inf. %", "SSIM", "turns")
+    heads = ("prec. %", "cover. %", "MAE", "PSNR med.", "mean", "inf. %", "SSIM", "passes")
     print(f"\n{'':36}{'exact % (95 %)':>22}" + "".join(f"{head:>10}" for head in heads))
     for label, (precision, coverage, mae, psnr, ssim) in PAPER.items():
         cells = (f"{precision:.2f}", f"{coverage:.2f}", f"{mae:.3f}", "", f"{psnr:.2f}", "", f"{ssim:.4f}")
@@ -1169,7 +1170,7 @@ def check_decoding(args, method: str) -> None:
     """A base or SFT model regenerates: sets args.decoding, and raises InputError where RM's was asked for."""
     if method in ("base", "sft"):
         if args.decoding != Decoding():
-            raise InputError(f"{args.checkpoint} is a {method} model, which regenerates: the options of editing are RM's")
+            raise InputError(f"{args.checkpoint} is a {method} model, which regenerates: options of editing are RM's")
         args.decoding = decodings_of(method)[""]
 
 

@@ -588,8 +588,8 @@ def sample_revision(
     drafts (ours): the chosen positions start with a draw from the base's top-k by its own probabilities, truth
     included, so that mistakes are as frequent and as likely as those of a parallel reveal.  Otherwise (the paper) with
     a token drawn evenly from the top-k without the truth; a model trained on those alone trusts its own best guess.
-    corruption: the mean share of positions that start wrong (with drafts: that are drafted); a row's own share is 0 in a
-    quarter of the rows, so that the empty answer, where decoding starts, is among the states, and uniform in the others.
+    corruption: the mean share of positions that start wrong (with drafts: that are drafted); a row's own share is 0 in
+    a quarter of the rows, so that the empty answer, where decoding starts, is among the states, else uniform.
     reveals (ours): the share of rows that stand in a parallel reveal instead, and remember: see reveal_trajectory.
     base: int64 [B, N] -> logits [B, N, V].  It is probed once, with the positions that start wrong masked together with
     a random share of the others, so that a mistake fits what stands around it (ours; the paper masks all).
@@ -602,8 +602,8 @@ def sample_revision(
     probed = editable & (starts_wrong | (rand(clean.shape) < rand(batch_size, 1)))
     revealing, answer = rand(batch_size, 1) < reveals, clean.shape[1] - prompt_length
     order = rand(clean.shape).masked_fill(~editable, 2).argsort(-1).argsort(-1)  # answer: 0..N-1, prompt: above
-    masks = (answer + 1) ** rand(batch_size, 1)  # log-uniform in 1..N: each number as often as SFT's 1/m weighs it
-    probed = torch.where(revealing, order < masks.long(), probed)
+    masks = ((answer + 1) ** rand(batch_size, 1)).long()  # log-uniform in 1..N: as often as SFT's 1/m weighs a number
+    probed = torch.where(revealing, order < masks, probed)
     logits, moving = base(clean.masked_fill(probed, MASK)), editable
     wrong = rm.topk_wrong(logits, clean, MASK, top_k, 2, generator)
     if drafts:
@@ -619,7 +619,7 @@ def sample_revision(
     turn = torch.randint(6, (batch_size,), generator=generator, device=pool.device)
     states = rm.history_until(states, turn)
     if reveals:
-        revealed = reveal_trajectory(clean, logits, order, masks.long(), answer, generator, remember)
+        revealed = reveal_trajectory(clean, logits, order, masks, answer, generator, remember)
         both = [states, revealed]
         missing = [max(map(len, both)) - len(part) for part in both]
         both = [torch.cat([part.new_full((more, *clean.shape), ABSENT), part]) for more, part in zip(missing, both)]
@@ -1210,7 +1210,9 @@ SETTINGS = (  # what a resumed run must share with the run it goes on from
 ).split()
 TUNING_SETTINGS = "steps tuning_rate".split()
 EVALUATION_SETTINGS = "n passes grader test_seed".split()
-REVISION_SETTINGS = "corruption top_k drafts reveals keep_weight second_guess own_states own_reveal haste remask_limit".split()
+REVISION_SETTINGS = (
+    "corruption top_k drafts reveals keep_weight second_guess own_states own_reveal haste remask_limit"
+).split()
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -1226,7 +1228,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--task", choices=[*TASKS, "all"], help="a family, or 'all': math, code and choice mixed (default code)")
     add("--data", type=Path, metavar="TRAIN.jsonl", help='own training data: {"prompt": text, "answer": text} a line')
     add("--test", type=Path, metavar="TEST.jsonl", help="own test data; its prompts are left out of training")
-    add("--grader", choices=GRADERS, help="how answers are judged (default: the task's or checkpoint's own, exact for own data)")
+    add("--grader", choices=GRADERS,
+        help="how answers are judged (default: the task's or checkpoint's own, exact for own data)")
     add("--words", action="store_true", help="tokens are words between single spaces, not characters")
     add("--largest", type=int, default=9, help="difficulty: the largest number in most problems (default 9)")
     add("--pool", type=int, default=100_000, help="generated training problems (default 100000)")
@@ -1234,7 +1237,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--validation", type=int, default=300, help="validation problems, for the curve and --haste (default 300)")
     add = parser.add_argument_group("training").add_argument
     add("--history", action="store_true", help="also train RM + history (Eq. 2, gamma 0.9 with rotation)")
-    add("--minutes", type=float, default=25, help="training time of all models, turned into those steps that are not given (default 25)")
+    add("--minutes", type=float, default=25,
+        help="training time of all models, turned into those steps that are not given (default 25)")
     add("--base-steps", type=int, help="train the base exactly this many steps instead")
     add("--steps", type=int, help="train every other model exactly this many steps instead")
     add("--batch-size", type=int, default=64, help="sequences a step (default 64)")
@@ -1243,10 +1247,11 @@ def parse_arguments() -> argparse.Namespace:
     add("--learning-rate", type=float, default=2.5e-3, help="of the base (default 2.5e-3)")
     add("--tuning-rate", type=float, default=1.5e-3, help="of SFT and RM (default 1.5e-3)")
     add("--prompt-share", type=float, default=0.2, help="rows of the base that mask the prompt too (default 0.2)")
-    add("--corruption", type=float, default=0.3, help="share of positions that start wrong, or with --drafts drafted (default 0.3)")
+    add("--corruption", type=float, default=0.3,
+        help="share of positions that start wrong, or with --drafts drafted (default 0.3)")
     add("--top-k", type=int, default=4, help="wrong tokens come from the base's k likeliest (default 4)")
     add("--drafts", action="store_true", help="ours: wrong tokens as likely as the base makes them, see sample_revision")
-    add("--reveals", type=float, default=0.0, help="ours: share of rows in a parallel reveal of the base's (default 0)")
+    add("--reveals", type=float, default=0.0, help="ours: share of rows around a reveal of several at once (default 0)")
     add("--keep-weight", type=float, default=1.0, help="of the keep loss (default 1)")
     add("--second-guess", type=float, default=0.0, help="ours: share of second wrong guesses (default 0)")
     add("--own-states", type=float, default=0.0, help="ours: share that goes on from own decisions (default 0)")
@@ -1255,9 +1260,11 @@ def parse_arguments() -> argparse.Namespace:
     add("--compile", action="store_true", help="torch.compile the network (needs a C++ compiler on CPU)")
     add = parser.add_argument_group("decoding and evaluation").add_argument
     add("--checkpoint", type=Path, default=HERE / "checkpoints/text_rm.pt", help="default: the shipped one")
-    add("--passes", type=int, nargs="+", help="forward passes at most (default: N/16 to 2N, for choice 1; with --ask N)")
-    add("--haste", type=float, nargs="+", metavar="H", help="RM reveals H times as fast as it must, and the passes saved are for revision; training "
-        "chooses among several on validation problems (default 1 2), a checkpoint knows its choice")
+    add("--passes", type=int, nargs="+",
+        help="forward passes at most (default: N/16 to 2N, for choice 1; with --ask N)")
+    add("--haste", type=float, nargs="+", metavar="H",
+        help="RM reveals H times as fast as it must, and the passes saved are for revision; training chooses "
+        " among several on validation problems (default 1 2), a checkpoint knows its choice")
     add("--remask-limit", type=int, help="re-masks of a position at most (default: no limit)")
     add("--test-seed", type=int, default=1, help="of the generated test problems (default 1)")
     add = parser.add_argument_group("general").add_argument
@@ -1275,8 +1282,8 @@ def parse_arguments() -> argparse.Namespace:
 def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Ends with one line and exit code 2 where options contradict each other or lie outside their range."""
     training = "data words pool history minutes base_steps steps batch_size width layers learning_rate tuning_rate "
-    training += "prompt_share corruption top_k drafts reveals keep_weight second_guess own_states own_reveal compile largest "
-    training += "validation seed"
+    training += "prompt_share corruption top_k drafts reveals keep_weight second_guess own_states own_reveal compile "
+    training += "largest validation seed"
     using = args.evaluate or args.ask is not None
     unused = training.split() if using else ["checkpoint"]
     unused += "task test grader n test_seed".split() * (args.ask is not None)
