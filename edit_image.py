@@ -879,7 +879,7 @@ def train_method(method: str, steps: int, pool: Pairs, codec: Codec, args) -> tu
     keys = ("seed", "pool", "precision", "dropout")
     settings = {key: getattr(args, key) for key in keys} | {"pairs": args.pairs.name if args.pairs else None}
     if method == "base":
-        steps = math.ceil(BASE_STEPS * steps)
+        steps = args.base_steps or math.ceil(BASE_STEPS * steps)
     if args.steps:
         settings["steps"] = steps
     if path.exists():
@@ -1102,6 +1102,7 @@ def parse_arguments() -> argparse.Namespace:
         help=f"which of {', '.join(METHODS)} (default: all but guided); base is always first")
     add("--minutes", type=float, default=20, help="training of all methods together (default 20), without evaluation")
     add("--steps", type=int, help="train each method exactly this many steps instead, base 0.2 of them")
+    add("--base-steps", type=int, help="with --steps: train the base exactly this many steps")
     add("--dropout", type=float, help="share of instructions and sources dropped, of all but base")
     add("--precision", choices=["bf16", "float32"], help="default bf16 where the processor has it")
     add("--compile", action="store_true", help="torch.compile the network (needs a C++ compiler on CPU)")
@@ -1124,7 +1125,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--smoke", action="store_true", help="everything tiny, in seconds, to see that it runs")
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}\n")  # one line, no usage
     args = parser.parse_args()
-    training = ["pool", "methods", "minutes", "steps", "dropout", "precision", "compile", "pairs"]
+    training = ["pool", "methods", "minutes", "steps", "base_steps", "dropout", "precision", "compile", "pairs"]
     editing = ["checkpoint", "decode", "mask_steps", "reveal_steps", "max_turns", "threshold"]
     editing += ["guidance", "image_guidance"]
     mode = "--image" if args.image else "--evaluate" if args.evaluate else "training"
@@ -1155,8 +1156,10 @@ def parse_arguments() -> argparse.Namespace:
     for name in ("pool", "n", "mask_steps", "reveal_steps", "max_turns"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
-    if not 0 < args.minutes < 1e5 or (args.steps is not None and args.steps < 1):
-        parser.error("--minutes and --steps must be positive")
+    if args.base_steps is not None and not args.steps:
+        parser.error("--base-steps goes with --steps")
+    if not 0 < args.minutes < 1e5 or any(steps is not None and steps < 1 for steps in (args.steps, args.base_steps)):
+        parser.error("--minutes, --steps and --base-steps must be positive")
     if not 0 <= args.threshold < 1 or not 0 <= (args.dropout or 0) < 1:
         parser.error("--threshold and --dropout must lie in [0, 1)")
     if not 0 <= args.seed < TEST_SEED:

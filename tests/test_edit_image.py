@@ -597,7 +597,7 @@ def test_a_killed_training_goes_on_to_the_same_model(trained, monkeypatch):
                 raise KeyboardInterrupt
 
     monkeypatch.setattr(rm, "train", interrupted)
-    again = [*arguments[:-4], "--out", folder / "again", "--steps", "2", "--methods", "rm"]
+    again = [*arguments[:-4], "--out", folder / "again", "--steps", "2", "--methods", "rm", "--base-steps", "1"]
     left += ["kill", "rm 1", "base 1"]  # in the second step of rm
     with pytest.raises(KeyboardInterrupt):
         run(monkeypatch, *again)
@@ -607,6 +607,16 @@ def test_a_killed_training_goes_on_to_the_same_model(trained, monkeypatch):
         one, other = (rm.load_checkpoint(folder / name / f"{method}.pt", "image")[0] for name in ("out", "again"))
         assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters()))
     assert not list((folder / "again").glob("*.resume.pt"))
+
+
+def test_the_base_may_have_steps_of_its_own(trained, monkeypatch, capsys):
+    folder, arguments = trained
+    own = [*arguments[:-4], "--out", folder / "own", "--steps", "1", "--methods", "rm", "--json", folder / "own.json"]
+    run(monkeypatch, *own, "--base-steps", "3")
+    training = json.loads((folder / "own.json").read_text())["training"]
+    assert {method: record["steps"] for method, record in training.items()} == {"base": 3, "rm": 1}
+    with pytest.raises(image.InputError, match="base.pt was made with"):  # not silently another base
+        run(monkeypatch, *own, "--base-steps", "2")
 
 
 def test_a_file_is_edited_with_pictures_and_animation(trained, monkeypatch, tmp_path, capsys):
@@ -661,6 +671,7 @@ def test_bad_input_is_one_line_and_exit_code_2(trained, monkeypatch, tmp_path, c
         ["--instruction", "make it red"], ["--evaluate", "--steps", "3"], ["--steps", "0"], ["--threshold", "0.5"],
         ["--evaluate", "--decode", "loop", "--mask-steps", "3"], ["--evaluate", "--threshold", "1.5"],
         ["--evaluate", "--test", folder / "pairs", "--seed", "3"], ["--gif", "a.gif"], ["--smoke", "--seed", "1000000"], ["--methods", "best"],
+        ["--base-steps", "3"], ["--base-steps", "0", "--steps", "1"],
     ):
         with pytest.raises(SystemExit) as caught:
             run(monkeypatch, *words)
