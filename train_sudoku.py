@@ -201,8 +201,51 @@ def paired_test(ours: str, theirs: str) -> dict:
 # Training data
 
 
+RECTANGLES = [  # cells (r1, c1), (r1, c2), (r2, c1), (r2, c2) in exactly two boxes
+    [9 * r1 + c1, 9 * r1 + c2, 9 * r2 + c1, 9 * r2 + c2]
+    for r1 in range(9) for r2 in range(r1 + 1, 9) for c1 in range(9) for c2 in range(c1 + 1, 9)
+    if (r1 // 3 == r2 // 3) != (c1 // 3 == c2 // 3)
+]
+RECTANGLES = torch.tensor(RECTANGLES)  # [486, 4]
+
+
+def settle_ties(clean: Tensor, states: Tensor, ties: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Ours: in a share of the rows two boards fit equally well, and the truth is always the same one of them.
+
+    Where two rows and two columns hold a, b and b, a in two boxes, exchanging a and b gives another valid board.  If
+    the corrupted board speaks for neither, the posterior is even, Eq. 1 reveals all four cells at once, each by its
+    own argmax, and halves of both boards mix.  A model that knows one of the two, here the one with the smaller digit
+    first, reveals one board; on the task, whose truth is either, it is right as often as any guess.
+    Four cells of such a row begin with as many digits of the truth as of the other board, 0 to 2, the rest with neither;
+    what is not the truth's is masked from a random turn on.  clean: int64 [B, 81].  states: int64 [T+1, B, 81].
+    Returns both, changed.
+    """
+    device, batch = clean.device, len(clean)
+    rand = partial(torch.rand, generator=generator, device=device)
+    corners = clean[:, RECTANGLES.to(device)]  # [B, 486, 4]
+    fits = (corners[..., 0] == corners[..., 3]) & (corners[..., 1] == corners[..., 2])
+    cells = RECTANGLES.to(device)[(fits * rand(fits.shape)).argmax(-1)]  # [B, 4], one of those that fit
+    chosen = (rand(batch, 1) < ties) & fits.any(-1, keepdim=True)
+    two = clean.gather(1, cells[:, :2]).sort(-1).values
+    truth, other = two[:, [0, 1, 1, 0]], two[:, [1, 0, 0, 1]]
+    neither = (rand(batch, 4, 9) * 10).scatter(2, (two - 1).unsqueeze(1).expand(-1, 4, -1), -1).argmax(-1) + 1
+    agree, order = (rand(batch, 1) * 3).long(), rand(batch, 4).argsort(-1)
+    start = torch.where(order < agree, truth, torch.where(order < 2 * agree, other, neither))
+    step = torch.arange(len(states), device=device).view(-1, 1, 1)
+    masked_from = (rand(batch, 1) * len(states)).long()
+    rectangle = torch.where((step < masked_from) | (start == truth), start, MASK)
+    cells_in_time = cells.expand(len(states), -1, -1)
+    changed = states.scatter(2, cells_in_time, rectangle), clean.scatter(1, cells, truth)
+    return torch.where(chosen, changed[1], clean), torch.where(chosen, changed[0], states)
+
+
 def sample_batch(
-    batch_size: int, generator: torch.Generator, pool: Tensor, plain: bool = False, second_guess: float = 0.0
+    batch_size: int,
+    generator: torch.Generator,
+    pool: Tensor,
+    plain: bool = False,
+    second_guess: float = 0.0,
+    ties: float = 0.0,
 ) -> rm.Batch:
     """A Batch for rm.train: symmetric images of the pool's boards at a random turn of a synthetic revision.
 
@@ -225,6 +268,8 @@ def sample_batch(
     states = rm.sample_trajectory(
         clean, cells, wrong, MASK, T=6, p_wrong=p_wrong, second_guess=second_guess, generator=generator
     )
+    if ties:
+        clean, states = settle_ties(clean, states, ties, generator)
     turn = torch.randint(6, (batch_size,), generator=generator, device=device)
     return rm.history_until(states, turn), clean, None
 
@@ -367,8 +412,8 @@ def training_run(model, variant: str, pool: Tensor, args, steps: int, **changes)
     settings |= dict(seed=args.seed, own_states=0.0 if plain else args.own_states, accept=is_valid)
     if variant == "direct":
         settings |= dict(oracle=truth_everywhere, rule=direct_replacement)
-    second_guess = changes.pop("second_guess", args.second_guess)
-    sample = partial(sample_batch, pool=pool, plain=plain, second_guess=second_guess)
+    law = {name: changes.pop(name, getattr(args, name)) for name in ("second_guess", "ties")}
+    sample = partial(sample_batch, pool=pool, plain=plain, **law)
     return rm.train(model, sample, steps, MASK, **(settings | changes))
 
 
@@ -388,7 +433,7 @@ def train_variant(variant: str, args) -> dict:
     A finished run, one whose .json exists, is read back instead.  Returns its record.
     """
     name, main = args.out / f"{variant}_seed{args.seed}", rm.is_main_process()
-    keys = ("steps", "minutes", "pool", "second_guess", "own_states", "precision", "n", "corrupt", "max_turns")
+    keys = ("steps", "minutes", "pool", "second_guess", "ties", "own_states", "precision", "n", "corrupt", "max_turns")
     settings = {key: getattr(args, key) for key in keys} | {"corrupt": list(args.corrupt)}
     settings["minutes"] = None if args.steps else args.minutes
     if name.with_suffix(".json").exists():
@@ -865,6 +910,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--minutes", type=float, default=15, help="training time; turned into a number of steps (default 15)")
     add("--steps", type=int, help="train exactly this many steps instead, for equal training")
     add("--second-guess", type=float, default=0.3, help="share of second wrong guesses in trajectories (default 0.3)")
+    add("--ties", type=float, default=0.0, help="ours: share of boards with a tie that is always settled one way (default 0)")
     add("--own-states", type=float, default=0.5, help="share of the batch that goes on from own decisions (default 0.5)")
     add("--pool", type=int, default=10_000, help="training boards before symmetries (default 10000)")
     add("--validation", type=int, default=300, help="validation boards (default 300)")
@@ -889,7 +935,8 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     single = args.revise is not None or args.solve is not None
     if args.evaluate or args.puzzles or single:  # an option that would be ignored is an error
-        unused = ["variant", "minutes", "steps", "second_guess", "own_states", "pool", "validation", "study_steps"]
+        unused = ["variant", "minutes", "steps", "second_guess", "ties", "own_states", "pool", "validation"]
+        unused += ["study_steps"]
         unused += ["precision", "compile"] + ["corrupt"] * (not args.evaluate) + ["n", "seed"] * single
         for name in unused:
             if getattr(args, name) != parser.get_default(name):
@@ -915,8 +962,8 @@ def parse_arguments() -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     if not 0 < args.minutes < 1e5 or (args.steps is not None and args.steps < 1):
         parser.error("--minutes and --steps must be positive")
-    if not (0 <= args.second_guess <= 1 and 0 <= args.own_states <= 1):
-        parser.error("--second-guess and --own-states must lie in [0, 1]")
+    if not all(0 <= share <= 1 for share in (args.second_guess, args.ties, args.own_states)):
+        parser.error("--second-guess, --ties and --own-states must lie in [0, 1]")
     return args
 
 

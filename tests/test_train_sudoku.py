@@ -86,6 +86,45 @@ def test_training_batch_has_the_task_among_its_states():
     assert torch.equal(torch.where(editable, clean, states[0]), clean)
 
 
+def test_settled_ties_fit_two_boards_equally_and_always_mean_the_same_one():
+    generator, agreements = torch.Generator().manual_seed(4), set()
+    boards = sudoku.random_boards(60, seed=8)
+    clean, states = sudoku.settle_ties(boards, boards.expand(7, -1, -1), 1.0, generator)
+    for row in range(60):
+        truth, trajectory = clean[row].tolist(), states[:, row].tolist()
+        assert valid_by_hand(truth) and sum(a != b for a, b in zip(truth, boards[row].tolist())) in (0, 4)
+        tied, exchangeable = [], False
+        for up in range(9):
+            for down in range(up + 1, 9):
+                for left in range(9):
+                    for right in range(left + 1, 9):
+                        a, b, c, d = cells = [9 * up + left, 9 * up + right, 9 * down + left, 9 * down + right]
+                        exchanged = list(truth)
+                        exchanged[a], exchanged[b], exchanged[c], exchanged[d] = (truth[i] for i in (b, a, d, c))
+                        if exchanged == truth or not valid_by_hand(exchanged):
+                            continue
+                        exchangeable = True
+                        start = [trajectory[0][i] for i in cells]
+                        for_truth = sum(s == truth[i] for s, i in zip(start, cells))
+                        for_other = sum(s == exchanged[i] for s, i in zip(start, cells))
+                        masked = {i for i in range(81) if trajectory[0][i] == 0}  # a tie that begins masked
+                        if truth[a] < truth[b] and (masked <= {*cells} if masked else for_truth == for_other):
+                            tied.append((cells, for_truth, bool(masked)))
+        if not exchangeable:  # such a board has no tie to settle
+            assert truth == boards[row].tolist() and all(state == truth for state in trajectory)
+            continue
+        cells, agree, from_start = tied[0]
+        assert len(tied) == 1 or from_start  # the other rectangles of the board stand as they should
+        agreements.add(None if from_start else agree)
+        for before, after in zip(trajectory, trajectory[1:]):
+            for i in range(81):  # a wrong cell of the rectangle may become MASK, nothing else happens
+                assert after[i] == before[i] or after[i] == 0 and before[i] != truth[i] and i in {*cells}
+        assert all(trajectory[-1][i] in (0, truth[i]) for i in cells) or trajectory[-1] == trajectory[0]
+    assert agreements == {None, 0, 1, 2}
+    same, untouched = sudoku.settle_ties(boards, boards.expand(7, -1, -1), 0.0, generator)
+    assert torch.equal(same, boards) and (untouched == boards).all()
+
+
 # --- metrics
 
 
