@@ -201,42 +201,49 @@ def paired_test(ours: str, theirs: str) -> dict:
 # Training data
 
 
-RECTANGLES = [  # cells (r1, c1), (r1, c2), (r2, c1), (r2, c2) in exactly two boxes
-    [9 * r1 + c1, 9 * r1 + c2, 9 * r2 + c1, 9 * r2 + c2]
-    for r1 in range(9) for r2 in range(r1 + 1, 9) for c1 in range(9) for c2 in range(c1 + 1, 9)
-    if (r1 // 3 == r2 // 3) != (c1 // 3 == c2 // 3)
-]
-RECTANGLES = torch.tensor(RECTANGLES)  # [486, 4]
+LINES = torch.tensor([[i, j] for i in range(9) for j in range(i + 1, i // 3 * 3 + 3)])  # [9, 2]: in the same band
 
 
 def settle_ties(clean: Tensor, states: Tensor, ties: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Ours: in a share of the rows two boards fit equally well, and the truth is always the same one of them.
 
-    Where two rows and two columns hold a, b and b, a in two boxes, exchanging a and b gives another valid board.  If
-    the corrupted board speaks for neither, the posterior is even, Eq. 1 reveals all four cells at once, each by its
-    own argmax, and halves of both boards mix.  A model that knows one of the two, here the one with the smaller digit
-    first, reveals one board; on the task, whose truth is either, it is right as often as any guess.
-    Four cells of such a row begin with as many digits of the truth as of the other board, 0 to 2, the rest with neither;
-    what is not the truth's is masked from a random turn on.  clean: int64 [B, 81].  states: int64 [T+1, B, 81].
-    Returns both, changed.
+    Where two lines of a band hold the same two or three digits in two or three columns (or the same upright), exchanging
+    the lines there gives another valid board.  If the corrupted board speaks for neither, the posterior is even, Eq. 1
+    reveals all these cells at once, each by its own argmax, and halves of both boards mix.  A model that knows one of
+    the two, here the one with the smaller digit first, reveals one board; on the task, whose truth is either, it is
+    right as often as any guess.  The cells of such a row begin with as many digits of the truth as of the other board
+    and else with digits of neither; what is not the truth's is masked from a random turn on.
+    clean: int64 [B, 81].  states: int64 [T+1, B, 81].  Returns both, changed.
     """
     device, batch = clean.device, len(clean)
     rand = partial(torch.rand, generator=generator, device=device)
-    corners = clean[:, RECTANGLES.to(device)]  # [B, 486, 4]
-    fits = (corners[..., 0] == corners[..., 3]) & (corners[..., 1] == corners[..., 2])
-    cells = RECTANGLES.to(device)[(fits * rand(fits.shape)).argmax(-1)]  # [B, 4], one of those that fit
-    chosen = (rand(batch, 1) < ties) & fits.any(-1, keepdim=True)
-    two = clean.gather(1, cells[:, :2]).sort(-1).values
-    truth, other = two[:, [0, 1, 1, 0]], two[:, [1, 0, 0, 1]]
-    neither = (rand(batch, 4, 9) * 10).scatter(2, (two - 1).unsqueeze(1).expand(-1, 4, -1), -1).argmax(-1) + 1
-    agree, order = (rand(batch, 1) * 3).long(), rand(batch, 4).argsort(-1)
-    start = torch.where(order < agree, truth, torch.where(order < 2 * agree, other, neither))
+    upright = lambda grid: torch.stack([grid, grid.transpose(-1, -2)], dim=-3)  # [..., 2, 9, 9]
+    upper, lower = (upright(clean.view(-1, 9, 9))[:, :, lines] for lines in LINES.to(device).T)  # [B, 2, 9, 9] each
+    after = upper.argsort(-1).gather(-1, lower - 1)  # the column where the upper line has this column's lower digit
+    second, column = after.gather(-1, after), torch.arange(9, device=device).expand_as(after)
+    closed = ((second == column) | (after.gather(-1, second) == column)).flatten(1)  # after two columns or three
+    chosen = (rand(batch, 1) < ties) & closed.any(-1, keepdim=True)
+    pick = (closed * rand(closed.shape)).argmax(-1)  # one of those
+    columns = torch.stack([column, after, second], dim=-1).flatten(1, 3)[torch.arange(batch, device=device), pick]
+    cells = upright(torch.arange(81, device=device).view(9, 9))[:, LINES.to(device)].flatten(0, 1)[pick // 9]  # [B, 2, 9]
+    cells = cells.gather(2, columns.unsqueeze(1).expand(-1, 2, -1)).flatten(1)  # [B, 6]
+    twice = (columns[:, 2:] == columns[:, :1]) & torch.tensor([False, False, True] * 2, device=device)  # of two columns
+    truth = clean.gather(1, cells).view(-1, 2, 3)
+    left = columns.argmin(-1, keepdim=True)
+    truth = torch.where((truth[:, 0] > truth[:, 1]).gather(1, left).unsqueeze(1), truth.flip(1), truth)
+    truth, other = truth.flatten(1), truth.flip(1).flatten(1)
+    neither = rand(batch, 6, 9)
+    for digit in (truth, other):
+        neither = neither.scatter(2, digit.unsqueeze(2) - 1, -1)
+    order = rand(batch, 6).masked_fill(twice, 2).argsort(-1).argsort(-1)
+    agree = (rand(batch, 1) * (4 - twice.any(-1, keepdim=True).long())).long()  # of 4 cells up to 2, of 6 up to 3
+    start = torch.where(order < agree, truth, torch.where(order < 2 * agree, other, neither.argmax(-1) + 1))
+    start = torch.where(twice, start[:, [0, 1, 0, 3, 4, 3]], start)
     step = torch.arange(len(states), device=device).view(-1, 1, 1)
     masked_from = (rand(batch, 1) * len(states)).long()
-    rectangle = torch.where((step < masked_from) | (start == truth), start, MASK)
-    cells_in_time = cells.expand(len(states), -1, -1)
-    changed = states.scatter(2, cells_in_time, rectangle), clean.scatter(1, cells, truth)
-    return torch.where(chosen, changed[1], clean), torch.where(chosen, changed[0], states)
+    shown = torch.where((step < masked_from) | (start == truth), start, MASK)
+    states = torch.where(chosen, states.scatter(2, cells.expand(len(states), -1, -1), shown), states)
+    return torch.where(chosen, clean.scatter(1, cells, truth), clean), states
 
 
 def sample_batch(
