@@ -201,58 +201,8 @@ def paired_test(ours: str, theirs: str) -> dict:
 # Training data
 
 
-LINES = torch.tensor([[i, j] for i in range(9) for j in range(i + 1, i // 3 * 3 + 3)])  # [9, 2]: in the same band
-
-
-def settle_ties(clean: Tensor, states: Tensor, ties: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Ours: in a share of the rows two boards fit equally well, and the truth is always the same one of them.
-
-    Where two lines of a band hold the same two or three digits in two or three columns (or the same upright), exchanging
-    the lines there gives another valid board.  If the corrupted board speaks for neither, the posterior is even, Eq. 1
-    reveals all these cells at once, each by its own argmax, and halves of both boards mix.  A model that knows one of
-    the two, here the one with the smaller digit first, reveals one board; on the task, whose truth is either, it is
-    right as often as any guess.  The cells of such a row begin with as many digits of the truth as of the other board
-    and else with digits of neither; what is not the truth's is masked from a random turn on.
-    clean: int64 [B, 81].  states: int64 [T+1, B, 81].  Returns both, changed.
-    """
-    device, batch = clean.device, len(clean)
-    rand = partial(torch.rand, generator=generator, device=device)
-    upright = lambda grid: torch.stack([grid, grid.transpose(-1, -2)], dim=-3)  # [..., 2, 9, 9]
-    upper, lower = (upright(clean.view(-1, 9, 9))[:, :, lines] for lines in LINES.to(device).T)  # [B, 2, 9, 9] each
-    after = upper.argsort(-1).gather(-1, lower - 1)  # the column where the upper line has this column's lower digit
-    second, column = after.gather(-1, after), torch.arange(9, device=device).expand_as(after)
-    closed = ((second == column) | (after.gather(-1, second) == column)).flatten(1)  # after two columns or three
-    chosen = (rand(batch, 1) < ties) & closed.any(-1, keepdim=True)
-    pick = (closed * rand(closed.shape)).argmax(-1)  # one of those
-    columns = torch.stack([column, after, second], dim=-1).flatten(1, 3)[torch.arange(batch, device=device), pick]
-    cells = upright(torch.arange(81, device=device).view(9, 9))[:, LINES.to(device)].flatten(0, 1)[pick // 9]  # [B, 2, 9]
-    cells = cells.gather(2, columns.unsqueeze(1).expand(-1, 2, -1)).flatten(1)  # [B, 6]
-    twice = (columns[:, 2:] == columns[:, :1]) & torch.tensor([False, False, True] * 2, device=device)  # of two columns
-    truth = clean.gather(1, cells).view(-1, 2, 3)
-    left = columns.argmin(-1, keepdim=True)
-    truth = torch.where((truth[:, 0] > truth[:, 1]).gather(1, left).unsqueeze(1), truth.flip(1), truth)
-    truth, other = truth.flatten(1), truth.flip(1).flatten(1)
-    neither = rand(batch, 6, 9)
-    for digit in (truth, other):
-        neither = neither.scatter(2, digit.unsqueeze(2) - 1, -1)
-    order = rand(batch, 6).masked_fill(twice, 2).argsort(-1).argsort(-1)
-    agree = (rand(batch, 1) * (4 - twice.any(-1, keepdim=True).long())).long()  # of 4 cells up to 2, of 6 up to 3
-    start = torch.where(order < agree, truth, torch.where(order < 2 * agree, other, neither.argmax(-1) + 1))
-    start = torch.where(twice, start[:, [0, 1, 0, 3, 4, 3]], start)
-    step = torch.arange(len(states), device=device).view(-1, 1, 1)
-    masked_from = (rand(batch, 1) * len(states)).long()
-    shown = torch.where((step < masked_from) | (start == truth), start, MASK)
-    states = torch.where(chosen, states.scatter(2, cells.expand(len(states), -1, -1), shown), states)
-    return torch.where(chosen, clean.scatter(1, cells, truth), clean), states
-
-
 def sample_batch(
-    batch_size: int,
-    generator: torch.Generator,
-    pool: Tensor,
-    plain: bool = False,
-    second_guess: float = 0.0,
-    ties: float = 0.0,
+    batch_size: int, generator: torch.Generator, pool: Tensor, plain: bool = False, second_guess: float = 0.0
 ) -> rm.Batch:
     """A Batch for rm.train: symmetric images of the pool's boards at a random turn of a synthetic revision.
 
@@ -275,8 +225,6 @@ def sample_batch(
     states = rm.sample_trajectory(
         clean, cells, wrong, MASK, T=6, p_wrong=p_wrong, second_guess=second_guess, generator=generator
     )
-    if ties:
-        clean, states = settle_ties(clean, states, ties, generator)
     turn = torch.randint(6, (batch_size,), generator=generator, device=device)
     return rm.history_until(states, turn), clean, None
 
@@ -419,8 +367,8 @@ def training_run(model, variant: str, pool: Tensor, args, steps: int, **changes)
     settings |= dict(seed=args.seed, own_states=0.0 if plain else args.own_states, accept=is_valid)
     if variant == "direct":
         settings |= dict(oracle=truth_everywhere, rule=direct_replacement)
-    law = {name: changes.pop(name, getattr(args, name)) for name in ("second_guess", "ties")}
-    sample = partial(sample_batch, pool=pool, plain=plain, **law)
+    second_guess = changes.pop("second_guess", args.second_guess)
+    sample = partial(sample_batch, pool=pool, plain=plain, second_guess=second_guess)
     return rm.train(model, sample, steps, MASK, **(settings | changes))
 
 
@@ -440,7 +388,7 @@ def train_variant(variant: str, args) -> dict:
     A finished run, one whose .json exists, is read back instead.  Returns its record.
     """
     name, main = args.out / f"{variant}_seed{args.seed}", rm.is_main_process()
-    keys = ("steps", "minutes", "pool", "second_guess", "ties", "own_states", "precision", "n", "corrupt", "max_turns")
+    keys = ("steps", "minutes", "pool", "second_guess", "own_states", "precision", "n", "corrupt", "max_turns")
     settings = {key: getattr(args, key) for key in keys} | {"corrupt": list(args.corrupt)}
     settings["minutes"] = None if args.steps else args.minutes
     if name.with_suffix(".json").exists():
@@ -917,7 +865,6 @@ def parse_arguments() -> argparse.Namespace:
     add("--minutes", type=float, default=15, help="training time; turned into a number of steps (default 15)")
     add("--steps", type=int, help="train exactly this many steps instead, for equal training")
     add("--second-guess", type=float, default=0.3, help="share of second wrong guesses in trajectories (default 0.3)")
-    add("--ties", type=float, default=0.0, help="ours: share of boards with a tie that is always settled one way (default 0)")
     add("--own-states", type=float, default=0.5, help="share of the batch that goes on from own decisions (default 0.5)")
     add("--pool", type=int, default=10_000, help="training boards before symmetries (default 10000)")
     add("--validation", type=int, default=300, help="validation boards (default 300)")
@@ -942,8 +889,7 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     single = args.revise is not None or args.solve is not None
     if args.evaluate or args.puzzles or single:  # an option that would be ignored is an error
-        unused = ["variant", "minutes", "steps", "second_guess", "ties", "own_states", "pool", "validation"]
-        unused += ["study_steps"]
+        unused = ["variant", "minutes", "steps", "second_guess", "own_states", "pool", "validation", "study_steps"]
         unused += ["precision", "compile"] + ["corrupt"] * (not args.evaluate) + ["n", "seed"] * single
         for name in unused:
             if getattr(args, name) != parser.get_default(name):
@@ -969,8 +915,8 @@ def parse_arguments() -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     if not 0 < args.minutes < 1e5 or (args.steps is not None and args.steps < 1):
         parser.error("--minutes and --steps must be positive")
-    if not all(0 <= share <= 1 for share in (args.second_guess, args.ties, args.own_states)):
-        parser.error("--second-guess, --ties and --own-states must lie in [0, 1]")
+    if not (0 <= args.second_guess <= 1 and 0 <= args.own_states <= 1):
+        parser.error("--second-guess and --own-states must lie in [0, 1]")
     return args
 
 

@@ -1,6 +1,5 @@
 """Sudoku: boards, metrics and baselines against plain Python; the script's command lines end to end."""
 
-import itertools
 import json
 import random
 import subprocess
@@ -85,50 +84,6 @@ def test_training_batch_has_the_task_among_its_states():
     states, clean, editable = sudoku.sample_batch(200, generator, pool, plain=True)
     assert len(states) == 1 and torch.equal(editable, states[0] == sudoku.MASK)
     assert torch.equal(torch.where(editable, clean, states[0]), clean)
-
-
-def exchanges_by_hand(board):
-    """(cells, the other board) of every exchange of two or three cells of two lines that keeps a board valid."""
-    rows = [[9 * r + c for c in range(9)] for r in range(9)]
-    for lines in (rows, [list(column) for column in zip(*rows)]):
-        for first, second in itertools.combinations(range(9), 2):
-            for count in (2, 3) if first // 3 == second // 3 else ():
-                for columns in itertools.combinations(range(9), count):
-                    cells = [lines[line][column] for line in (first, second) for column in columns]
-                    other = list(board)
-                    for here, there in zip(cells, cells[count:] + cells[:count]):
-                        other[here] = board[there]
-                    if valid_by_hand(other):
-                        yield cells, other
-
-
-def test_settled_ties_fit_two_boards_equally_and_always_mean_the_same_one():
-    generator, kinds = torch.Generator().manual_seed(4), set()
-    boards = sudoku.random_boards(40, seed=8)
-    clean, states = sudoku.settle_ties(boards, boards.expand(7, -1, -1), 1.0, generator)
-    for row in range(40):
-        truth, trajectory = clean[row].tolist(), states[:, row].tolist()
-        assert valid_by_hand(truth) and sum(a != b for a, b in zip(truth, boards[row].tolist())) in (0, 4, 6)
-        masked = {i for i in range(81) if trajectory[0][i] == 0}  # a tie that begins masked
-        tied, exchangeable = [], False
-        for cells, other in exchanges_by_hand(truth):
-            exchangeable = True
-            for_truth = sum(trajectory[0][i] == truth[i] for i in cells)
-            for_other = sum(trajectory[0][i] == other[i] for i in cells)
-            if truth[cells[0]] < other[cells[0]] and (masked <= {*cells} if masked else for_truth == for_other):
-                tied.append((cells, for_truth))
-        if not exchangeable:  # such a board has no tie to settle
-            assert truth == boards[row].tolist() and all(state == truth for state in trajectory)
-            continue
-        cells, agree = tied[0]
-        assert len(tied) == 1 or masked  # the other exchanges of the board are not open
-        kinds.add(None if masked else (len(cells), agree))
-        for before, after in zip(trajectory, trajectory[1:]):
-            for i in range(81):  # a wrong cell of the tie may become MASK, nothing else happens
-                assert after[i] == before[i] or after[i] == 0 and before[i] != truth[i] and i in {*cells}
-    assert kinds == {None, (4, 0), (4, 1), (4, 2), (6, 0), (6, 1), (6, 2), (6, 3)}
-    same, untouched = sudoku.settle_ties(boards, boards.expand(7, -1, -1), 0.0, generator)
-    assert torch.equal(same, boards) and (untouched == boards).all()
 
 
 # --- metrics
