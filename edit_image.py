@@ -50,7 +50,7 @@ METHODS = {  # gamma, rotate of Eq. 2, and the share of instructions and of sour
     "guided": (0.0, False, 0.1),  # the same as rm with dropout, for classifier-free guidance
 }
 BASE_EDITS = 0.1  # the paper's base model has seen some editing before its post-training, too
-BASE_STEPS = 0.2  # the base model's steps over those of each method that starts from it
+BASE_SHARE = 0.2  # the base model's steps over those of each method that starts from it
 LAWFUL = 0.2  # share of RM's rows that follow the paper's law of trajectories (revision_states)
 TRAINING = dict(batch_size=16, learning_rate=2e-3, muon_factor=3)
 TEST_SEED = 1_000_000  # of the held-out scenes
@@ -879,7 +879,7 @@ def train_method(method: str, steps: int, pool: Pairs, codec: Codec, args) -> tu
     keys = ("seed", "pool", "precision", "dropout")
     settings = {key: getattr(args, key) for key in keys} | {"pairs": args.pairs.name if args.pairs else None}
     if method == "base":
-        steps = args.base_steps or math.ceil(BASE_STEPS * steps)
+        steps = args.base_steps or math.ceil(BASE_SHARE * steps)
     if args.steps:
         settings["steps"] = steps
     if path.exists():
@@ -951,12 +951,12 @@ def train_all(args) -> dict:
     if args.steps:
         steps = args.steps
     elif (args.out / "base.pt").exists():  # a run that goes on
-        steps = round(rm.load_checkpoint(args.out / "base.pt", "image", args.device, NEEDS)[1]["steps"] / BASE_STEPS)
+        steps = round(rm.load_checkpoint(args.out / "base.pt", "image", args.device, NEEDS)[1]["steps"] / BASE_SHARE)
     elif (args.out / "base.resume.pt").exists():
         saved = torch.load(args.out / "base.resume.pt", map_location="cpu", weights_only=True)
-        steps = round(saved["notes"]["steps"] / BASE_STEPS)
+        steps = round(saved["notes"]["steps"] / BASE_SHARE)
     else:
-        steps = measured_steps(args.minutes / (len(args.methods) - 1 + BASE_STEPS), codec, pool, args)
+        steps = measured_steps(args.minutes / (len(args.methods) - 1 + BASE_SHARE), codec, pool, args)
     trained = {method: train_method(method, steps, pool, codec, args) for method in args.methods}
     if not rm.is_main_process():
         return {}

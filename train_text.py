@@ -1264,7 +1264,7 @@ def parse_arguments() -> argparse.Namespace:
         help="forward passes at most (default: N/16 to 2N, for choice 1; with --ask N)")
     add("--haste", type=float, nargs="+", metavar="H",
         help="RM reveals H times as fast as it must, and the passes saved are for revision; training chooses "
-        " among several on validation problems (default 1 2), a checkpoint knows its choice")
+        "among several on validation problems (default 1 2), a checkpoint knows its choice")
     add("--remask-limit", type=int, help="re-masks of a position at most (default: no limit)")
     add("--test-seed", type=int, default=1, help="of the generated test problems (default 1)")
     add = parser.add_argument_group("general").add_argument

@@ -609,7 +609,7 @@ def test_a_killed_training_goes_on_to_the_same_model(trained, monkeypatch):
     assert not list((folder / "again").glob("*.resume.pt"))
 
 
-def test_the_base_may_have_steps_of_its_own(trained, monkeypatch, capsys):
+def test_the_base_may_have_steps_of_its_own(trained, monkeypatch):
     folder, arguments = trained
     own = [*arguments[:-4], "--out", folder / "own", "--steps", "1", "--methods", "rm", "--json", folder / "own.json"]
     run(monkeypatch, *own, "--base-steps", "3")
