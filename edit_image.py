@@ -103,6 +103,7 @@ BOTTOM = {"top": 5, "back": 10, "front": 14}  # the lowest row of an object; dra
 CENTRE = {"left": 3, "middle": 8, "right": 12}
 VISIBLE = 0.6  # of every object at least this share shows, so that what is hidden can be inferred
 VERBS = ("recolour", "add", "remove", "move", "replace")
+LEFT_OUT = 0.15  # of the words of a training instruction that name neither kind, colour, size nor place
 UNSEEN = {  # the phrasings kept for test, of words that training knows; the third of each was chosen before any result
     "recolour": ["colour {it} {colour}", "change {it} to {colour}", "to {colour} change the colour of {it}"],
     "add": ["at the {place} add {new}", "at the {place} there should be {new}", "{new} there should be at the {place}"],
@@ -291,6 +292,16 @@ def random_edit(rng: random.Random, test: bool = False) -> Edit | None:
     return Edit(verb, old, new, text, source, target, unseen)
 
 
+def leave_words_out(text: str, rng: random.Random) -> str:
+    """The instruction with each word but kind, colour, size and place left out with probability LEFT_OUT.
+
+    For training: no single word ("change", "into") then decides what is to be done, the others have to agree.
+    """
+    named = {*SPRITES, *COLOURS, *BOTTOM, *CENTRE, "big", "small"}
+    kept = [word for word in text.split() if word in named or rng.random() >= LEFT_OUT]
+    return " ".join(kept)
+
+
 def caption(scene: Scene, rng: random.Random) -> str:
     """Sky, ground and up to three of the things: "night sand big red house back left"."""
     named = rng.sample(scene.things, min(3, len(scene.things)))
@@ -394,12 +405,13 @@ class Pairs:
 
 
 def scene_pairs(count: int, seed: int, test: bool = False) -> tuple[Pairs, Codec]:
-    """Pairs of our own scenes, and their codec."""
+    """Pairs of our own scenes, and their codec; of training instructions some words are left out."""
     codec = Codec([list(rgb) for rgb in PALETTE], scene_words(), 17, SIZE, SIZE)
     edits, rng = random_edits(count, seed, test), random.Random(seed)
     images = [[render(scene)[0] for scene in (edit.source, edit.target)] for edit in edits]
     source, target = torch.from_numpy(np.array(images).astype(np.int64) + 1).unbind(1)
-    instruction = torch.tensor([codec.encode_text(edit.instruction) for edit in edits])
+    phrased = [edit.instruction if test else leave_words_out(edit.instruction, rng) for edit in edits]
+    instruction = torch.tensor([codec.encode_text(text) for text in phrased])
     captions = torch.tensor([codec.encode_text(caption(edit.target, rng)) for edit in edits])
     texts, verbs = [edit.instruction for edit in edits], [edit.verb for edit in edits]
     return Pairs(source, target, instruction, captions, texts, verbs, [edit.unseen_phrase for edit in edits]), codec

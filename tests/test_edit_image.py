@@ -134,6 +134,27 @@ def test_instructions_parse_back_to_the_edit():
     assert {edit.verb for edit in TEST} == set(image.VERBS)
 
 
+def test_training_leaves_words_out_of_instructions_but_never_a_name():
+    rng = image.random.Random(0)
+    words, kept = 0, 0
+    for edit in TRAIN[:500]:
+        full, short = edit.instruction.split(), image.leave_words_out(edit.instruction, rng).split()
+        rest = iter(full)
+        assert all(word in rest for word in short)  # the same words in the same order
+        named = [word for word in full if re.fullmatch("|".join(
+            [*image.SPRITES, *image.COLOURS, *image.BOTTOM, *image.CENTRE, "big", "small"]), word)]
+        assert [word for word in short if word in named] == named and named
+        words, kept = words + len(full) - len(named), kept + len(short) - len(named)
+    assert abs(kept / words - 0.85) < 0.03
+
+    def said(pairs, codec):
+        first = 3 + 2 * len(codec.palette)
+        return [" ".join(codec.words[i - first] for i in row if i >= first) for row in pairs.instruction.tolist()]
+
+    train, test = image.scene_pairs(50, seed=1), image.scene_pairs(20, seed=1, test=True)
+    assert said(*train) != train[0].texts and said(*test) == test[0].texts
+
+
 def test_captions_parse_back_to_the_scene():
     rng = image.random.Random(0)
     for edit in TRAIN[:300]:
