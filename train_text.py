@@ -581,6 +581,7 @@ def sample_revision(
     second_guess: float = 0.0,
     drafts: bool = False,
     reveals: float = 0.0,
+    plain: float = 0.0,
     remember: int = 1,
 ) -> rm.Batch:
     """States of synthetic revisions of the answer; wrong tokens are the frozen base's second choices.
@@ -591,6 +592,7 @@ def sample_revision(
     corruption: the mean share of positions that start wrong (with drafts: that are drafted); a row's own share is 0 in
     a quarter of the rows, so that the empty answer, where decoding starts, is among the states, else uniform.
     reveals (ours): the share of rows that stand in a parallel reveal instead, and remember: see reveal_trajectory.
+    plain (ours): the share of rows that lack some tokens and have none wrong, as in SFT; reveals + plain at most 1.
     base: int64 [B, N] -> logits [B, N, V].  It is probed once, with the positions that start wrong masked together with
     a random share of the others, so that a mistake fits what stands around it (ours; the paper masks all).
     """
@@ -600,7 +602,8 @@ def sample_revision(
     share = 2 * corruption * rand(batch_size, 1) * (rand(batch_size, 1) > 0.25) * 4 / 3
     starts_wrong = editable & (rand(clean.shape) < share)
     probed = editable & (starts_wrong | (rand(clean.shape) < rand(batch_size, 1)))
-    revealing, answer = rand(batch_size, 1) < reveals, clean.shape[1] - prompt_length
+    draw, answer = rand(batch_size, 1), clean.shape[1] - prompt_length
+    revealing, only_masks = draw < reveals + plain, draw < plain
     order = rand(clean.shape).masked_fill(~editable, 2).argsort(-1).argsort(-1)  # answer: 0..N-1, prompt: above
     masks = ((answer + 1) ** rand(batch_size, 1)).long()  # log-uniform in 1..N: as often as SFT's 1/m weighs a number
     probed = torch.where(revealing, order < masks, probed)
@@ -618,8 +621,8 @@ def sample_revision(
     )
     turn = torch.randint(6, (batch_size,), generator=generator, device=pool.device)
     states = rm.history_until(states, turn)
-    if reveals:
-        revealed = reveal_trajectory(clean, logits, order, masks, answer, generator, remember)
+    if reveals or plain:
+        revealed = reveal_trajectory(clean, logits, order, masks, answer, generator, remember, only_masks[:, 0])
         both = [states, revealed]
         missing = [max(map(len, both)) - len(part) for part in both]
         both = [torch.cat([part.new_full((more, *clean.shape), ABSENT), part]) for more, part in zip(missing, both)]
@@ -628,14 +631,15 @@ def sample_revision(
 
 
 def reveal_trajectory(
-    clean: Tensor, logits: Tensor, order: Tensor, masks: Tensor, answer: int, generator: torch.Generator, remember: int
+    clean: Tensor, logits: Tensor, order: Tensor, masks: Tensor, answer: int, generator: torch.Generator, remember: int,
+    before: Tensor | None = None,
 ) -> Tensor:
     """Ours: a decoding up to one reveal that may go wrong, int64 [K, B, N], the state to train on last.
 
     In 1 to `remember` turns the answer is revealed, rightly, until `masks` of its positions are left.  Then the base
     reveals the k it is surest of, its own best token each, all at once, k log-uniform in 1..masks; in half of the rows
     some of the others follow, right.  Then what is wrong is re-masked.  The state to train on is the one before the
-    base's reveal (a third), after it (half) or after the re-masking.
+    base's reveal (a third, and all rows of before, bool [B]), after it (half) or after the re-masking.
     clean, order: int64 [B, N], order a random rank, below `answer` for a position of the answer.  masks: int64 [B, 1].
     logits: float [B, N, V], the base's with the masks lowest ranks masked.  Without history remember = 1 says it all.
     """
@@ -652,7 +656,8 @@ def reveal_trajectory(
     draft = torch.where(at_once, best, torch.where(follows, clean, revealing[-1]))
     trajectory = torch.cat([revealing, draft.unsqueeze(0), draft.masked_fill(draft != clean, MASK).unsqueeze(0)])
     draw = rand(batch)
-    return rm.history_until(trajectory, turns + (draw > 1 / 3).long() + (draw > 5 / 6).long())
+    after = (draw > 1 / 3).long() + (draw > 5 / 6).long()
+    return rm.history_until(trajectory, turns + (after if before is None else after.masked_fill(before, 0)))
 
 
 def frozen(model: MaskDiffusionTransformer, precision: str, compile: bool) -> Callable[[Tensor], Tensor]:
@@ -854,7 +859,7 @@ def stage(variant: str, model, base, pool: Tensor, tokenizer: Tokenizer, args, s
         sample = partial(
             sample_revision, pool=pool, prompt_length=tokenizer.prompt_length, corruption=args.corruption,
             base=frozen(base, args.precision, args.compile), top_k=args.top_k, second_guess=args.second_guess,
-            drafts=args.drafts, reveals=args.reveals, remember=16 if gamma else 1,
+            drafts=args.drafts, reveals=args.reveals, plain=args.plain, remember=16 if gamma else 1,
         )
         settings |= dict(own_states=args.own_states, rule=partial(rm.decide, reveal=args.own_reveal))
         settings |= dict(weights=(1, 1, args.keep_weight))
@@ -1211,7 +1216,7 @@ SETTINGS = (  # what a resumed run must share with the run it goes on from
 TUNING_SETTINGS = "steps tuning_rate".split()
 EVALUATION_SETTINGS = "n passes grader test_seed".split()
 REVISION_SETTINGS = (
-    "corruption top_k drafts reveals keep_weight second_guess own_states own_reveal haste remask_limit"
+    "corruption top_k drafts reveals plain keep_weight second_guess own_states own_reveal haste remask_limit"
 ).split()
 
 
@@ -1252,6 +1257,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--top-k", type=int, default=4, help="wrong tokens come from the base's k likeliest (default 4)")
     add("--drafts", action="store_true", help="ours: wrong tokens as likely as the base makes them, see sample_revision")
     add("--reveals", type=float, default=0.0, help="ours: share of rows around a reveal of several at once (default 0)")
+    add("--plain", type=float, default=0.0, help="ours: share of rows with masks alone, as SFT's (default 0)")
     add("--keep-weight", type=float, default=1.0, help="of the keep loss (default 1)")
     add("--second-guess", type=float, default=0.0, help="ours: share of second wrong guesses (default 0)")
     add("--own-states", type=float, default=0.0, help="ours: share that goes on from own decisions (default 0)")
@@ -1282,8 +1288,8 @@ def parse_arguments() -> argparse.Namespace:
 def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Ends with one line and exit code 2 where options contradict each other or lie outside their range."""
     training = "data words pool history minutes base_steps steps batch_size width layers learning_rate tuning_rate "
-    training += "prompt_share corruption top_k drafts reveals keep_weight second_guess own_states own_reveal compile "
-    training += "largest validation seed"
+    training += "prompt_share corruption top_k drafts reveals plain keep_weight second_guess own_states own_reveal "
+    training += "compile largest validation seed"
     using = args.evaluate or args.ask is not None
     unused = training.split() if using else ["checkpoint"]
     unused += "task test grader n test_seed".split() * (args.ask is not None)
@@ -1327,9 +1333,11 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
         parser.error("--largest must lie in 5..99")
     if args.passes and min(args.passes) < 1 or args.remask_limit is not None and args.remask_limit < 0:
         parser.error("--passes must be at least 1 and --remask-limit at least 0")
-    for name in ("corruption", "second_guess", "reveals", "own_states", "prompt_share"):
+    for name in ("corruption", "second_guess", "reveals", "plain", "own_states", "prompt_share"):
         if not 0 <= getattr(args, name) <= 1:
             parser.error(f"--{name.replace('_', '-')} must lie in [0, 1]")
+    if args.reveals + args.plain > 1:
+        parser.error("--reveals and --plain must not sum to more than 1")
     if args.keep_weight < 0 or args.seed < 0:
         parser.error("--keep-weight and --seed must not be negative")
     if args.ask is not None and args.passes and len(args.passes) > 1:

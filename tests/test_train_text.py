@@ -486,6 +486,26 @@ def test_rows_in_a_parallel_reveal_mix_with_the_others():
         assert (present.diff(dim=0) >= 0).all() and len({int(n) for n in present.sum(0)}) > 2
 
 
+def test_plain_rows_lack_tokens_and_have_none_wrong():
+    tokenizer, pool = small_pool()
+    start, seen = tokenizer.prompt_length, {}
+    for plain, remember in ((0.0, 1), (0.5, 1), (1.0, 1), (1.0, 8)):
+        states, clean, _ = text.sample_revision(
+            400, torch.Generator().manual_seed(0), pool, start, corruption=0.5, plain=plain, remember=remember,
+            base=lambda tokens: torch.zeros(*tokens.shape, tokenizer.vocabulary),
+        )
+        now = states[-1]
+        wrong = ((now != clean) & (now != text.MASK)).any(-1)
+        masks = (now == text.MASK)[:, start:].sum(-1)
+        seen[plain, remember] = wrong.float().mean().item()
+        if plain == 1:  # masks log-uniform in 1..N: the mean of 1/m weighs every number alike
+            length = clean.shape[1] - start
+            assert masks.min() == 1 and masks.max() == length and not wrong.any()
+            expected = math.log(4 / 2) / math.log(length + 1)  # two or three are masked
+            assert abs(((masks == 2) | (masks == 3)).float().mean() - expected) < 0.07
+    assert abs(seen[0.5, 1] - seen[0.0, 1] / 2) < 0.08 and seen[0.0, 1] > 0.3
+
+
 def test_budgets_and_pace():
     assert text.budgets(32) == [2, 4, 8, 16, 32, 64] and text.budgets(1) == [1, 2]
     assert [text.pace(*case) for case in ((32, 8, 1.0), (32, 8, 2.0), (32, 64, 2.0), (10, 1, 2.0))] == [4, 8, 1, 10]
@@ -679,6 +699,7 @@ def test_bad_input_is_named_in_one_line(given, message, smoke, tmp_path, monkeyp
 @pytest.mark.parametrize("given", [
     ["--data", "x.jsonl"], ["--task", "all", "--test", "x.jsonl"], ["--ask", "1", "--steps", "3"],
     ["--corruption", "2"],
+    ["--reveals", "0.7", "--plain", "0.5"],
     ["--evaluate", "--history"], ["--minutes", "0"], ["--passes", "0"], ["--checkpoint", "x.pt"], ["--task", "poetry"],
 ], ids=" ".join)
 def test_contradictory_options_exit_with_2(given, monkeypatch, capsys):
