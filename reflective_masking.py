@@ -804,4 +804,4 @@ def wilson_interval(successes: int, count: int) -> tuple[float, float]:
     z, share = 1.959964, successes / count
     middle = (share + z * z / (2 * count)) / (1 + z * z / count)
     half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    return middle - half, middle + half
+    return max(0.0, middle - half), min(1.0, middle + half)  # rounding may leave [0, 1]
