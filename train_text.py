@@ -592,7 +592,8 @@ def sample_revision(
     corruption: the mean share of positions that start wrong (with drafts: that are drafted); a row's own share is 0 in
     a quarter of the rows, so that the empty answer, where decoding starts, is among the states, else uniform.
     reveals (ours): the share of rows that stand in a parallel reveal instead, and remember: see reveal_trajectory.
-    plain (ours): the share of rows that lack some tokens and have none wrong, as in SFT; reveals + plain at most 1.
+    plain (ours): the share of rows that lack some tokens and have none wrong, masked as in SFT, but with the keep loss
+    where they show; reveals + plain at most 1.
     base: int64 [B, N] -> logits [B, N, V].  It is probed once, with the positions that start wrong masked together with
     a random share of the others, so that a mistake fits what stands around it (ours; the paper masks all).
     """
@@ -799,7 +800,7 @@ def evaluate(model, info: dict, problems: list[Problem], grader: str, passes: in
         "seconds": seconds,
         "right": "".join("01"[verdict] for verdict in right),
     }
-    if grader == "result":
+    if grader == "result" and all(problem.subject in PAPER_SUBJECTS for problem in problems):  # not multiply's sums
         score["false_steps"] = sum(false_steps(answer) > 0 for answer in answers) / n
     return score
 
@@ -1044,8 +1045,8 @@ def train_all(args) -> dict:
     result = report(records, tokenizer.answer_length)
     print_report(result)
     draw_curves(args.out / f"text_{name}.png", result)
-    result["records"] = {v: {k: r[k] for k in ("steps", "minutes", "params", "settings", "provenance", "curve")}
-                         for v, r in records.items()}
+    kept = ("steps", "minutes", "params", "settings", "haste", "provenance", "curve")
+    result["records"] = {v: {k: r[k] for k in kept} for v, r in records.items()}
     rm.write_json(args.out / f"text_{name}.json", result)
     return result
 
@@ -1257,7 +1258,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--top-k", type=int, default=4, help="wrong tokens come from the base's k likeliest (default 4)")
     add("--drafts", action="store_true", help="ours: wrong tokens as likely as the base makes them, see sample_revision")
     add("--reveals", type=float, default=0.0, help="ours: share of rows around a reveal of several at once (default 0)")
-    add("--plain", type=float, default=0.0, help="ours: share of rows with masks alone, as SFT's (default 0)")
+    add("--plain", type=float, default=0.0, help="ours: share of rows with nothing wrong, masks alone (default 0)")
     add("--keep-weight", type=float, default=1.0, help="of the keep loss (default 1)")
     add("--second-guess", type=float, default=0.0, help="ours: share of second wrong guesses (default 0)")
     add("--own-states", type=float, default=0.0, help="ours: share that goes on from own decisions (default 0)")
@@ -1295,6 +1296,7 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
     unused += "task test grader n test_seed".split() * (args.ask is not None)
     unused += "task".split() * (args.evaluate and args.test is not None) + ["test_seed"] * (args.test is not None)
     unused += "pool largest".split() * (args.data is not None) + ["own_reveal"] * (not args.own_states)
+    unused += ["largest"] * (args.task == "multiply")
     for name in unused:  # an option that would be ignored is an error
         if getattr(args, name) != parser.get_default(name):
             parser.error(f"--{name.replace('_', '-')} has no effect here")

@@ -503,7 +503,19 @@ def test_plain_rows_lack_tokens_and_have_none_wrong():
             assert masks.min() == 1 and masks.max() == length and not wrong.any()
             expected = math.log(4 / 2) / math.log(length + 1)  # two or three are masked
             assert abs(((masks == 2) | (masks == 3)).float().mean() - expected) < 0.07
+        prompt_stays = (states[..., :start] == clean[:, :start]) | (states[..., :start] == text.ABSENT)
+        assert prompt_stays.all() and not (now == text.ABSENT).any()
+        if plain == 1:  # nothing was ever wrong
+            assert ((states == clean) | (states == text.MASK) | (states == text.ABSENT)).all()
     assert abs(seen[0.5, 1] - seen[0.0, 1] / 2) < 0.08 and seen[0.0, 1] > 0.3
+    shares = []
+    for plain in (0.0, 0.5):  # the setting of the run of record, drafts from a base that knows nothing
+        states, clean, _ = text.sample_revision(
+            600, torch.Generator().manual_seed(1), pool, start, corruption=0.5, drafts=True, reveals=0.25, plain=plain,
+            base=lambda tokens: torch.zeros(*tokens.shape, tokenizer.vocabulary),
+        )
+        shares.append(((states[-1] != clean) & (states[-1] != text.MASK)).any(-1).float().mean().item())
+    assert shares[1] < 0.7 * shares[0] and shares[1] > 0.1
 
 
 def test_budgets_and_pace():
@@ -699,7 +711,7 @@ def test_bad_input_is_named_in_one_line(given, message, smoke, tmp_path, monkeyp
 @pytest.mark.parametrize("given", [
     ["--data", "x.jsonl"], ["--task", "all", "--test", "x.jsonl"], ["--ask", "1", "--steps", "3"],
     ["--corruption", "2"],
-    ["--reveals", "0.7", "--plain", "0.5"],
+    ["--reveals", "0.7", "--plain", "0.5"], ["--task", "multiply", "--test", "x.jsonl", "--largest", "20"],
     ["--evaluate", "--history"], ["--minutes", "0"], ["--passes", "0"], ["--checkpoint", "x.pt"], ["--task", "poetry"],
 ], ids=" ".join)
 def test_contradictory_options_exit_with_2(given, monkeypatch, capsys):
