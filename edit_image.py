@@ -102,8 +102,9 @@ IN_THE_SKY = ("cloud", "balloon", "bird", "star", "kite")
 BOTTOM = {"top": 5, "back": 10, "front": 14}  # the lowest row of an object; drawn in this order
 CENTRE = {"left": 3, "middle": 8, "right": 12}
 VISIBLE = 0.6  # of every object at least this share shows, so that what is hidden can be inferred
+NAMES = {*SPRITES, *COLOURS, *BOTTOM, *CENTRE, "big", "small"}  # the words that name kind, colour, size and place
 VERBS = ("recolour", "add", "remove", "move", "replace")
-LEFT_OUT = 0.15  # of the words of a training instruction that name neither kind, colour, size nor place
+LEFT_OUT = 0.15  # of the words of a training instruction that are not NAMES
 UNSEEN = {  # the phrasings kept for test, of words that training knows; the third of each was chosen before any result
     "recolour": ["colour {it} {colour}", "change {it} to {colour}", "to {colour} change the colour of {it}"],
     "add": ["at the {place} add {new}", "at the {place} there should be {new}", "{new} there should be at the {place}"],
@@ -293,13 +294,11 @@ def random_edit(rng: random.Random, test: bool = False) -> Edit | None:
 
 
 def leave_words_out(text: str, rng: random.Random) -> str:
-    """The instruction with each word but kind, colour, size and place left out with probability LEFT_OUT.
+    """The instruction with each word but NAMES left out with probability LEFT_OUT.
 
-    For training: no single word ("change", "into") then decides what is to be done, the others have to agree.
+    For training, so that the model does not hang what is to be done on a single word ("change", "into").
     """
-    named = {*SPRITES, *COLOURS, *BOTTOM, *CENTRE, "big", "small"}
-    kept = [word for word in text.split() if word in named or rng.random() >= LEFT_OUT]
-    return " ".join(kept)
+    return " ".join(word for word in text.split() if word in NAMES or rng.random() >= LEFT_OUT)
 
 
 def caption(scene: Scene, rng: random.Random) -> str:
@@ -321,8 +320,8 @@ def random_edits(count: int, seed: int, test: bool = False) -> list[Edit]:
 def scene_words() -> list[str]:
     """Every word of captions and instructions."""
     texts = [text for phrases in PHRASES.values() for text in phrases[0]]
-    words = {word for text in texts for word in text.split() if "{" not in word} | {"a", "big", "small"}
-    return sorted(words | set(SPRITES) | set(COLOURS) | set(SKIES) | set(GROUNDS) | set(BOTTOM) | set(CENTRE))
+    words = {word for text in texts for word in text.split() if "{" not in word} | {"a"}
+    return sorted(words | NAMES | set(SKIES) | set(GROUNDS))
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -866,7 +866,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--steps", type=int, help="train exactly this many steps instead, for equal training")
     add("--second-guess", type=float, default=0.3, help="share of second wrong guesses in trajectories (default 0.3)")
     add("--own-states", type=float, default=0.5,
-        help="share of the batch that goes on from own decisions (default 0.5; 0 is better for rm)")
+        help="share of the batch that goes on from own decisions (default 0.5; 0 is better for rm and direct)")
     add("--pool", type=int, default=10_000, help="training boards before symmetries (default 10000)")
     add("--validation", type=int, default=300, help="validation boards (default 300)")
     add("--study-steps", type=int, default=800, help="training steps a model in --study gamma and data")

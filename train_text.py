@@ -633,7 +633,7 @@ def sample_revision(
 
 def reveal_trajectory(
     clean: Tensor, logits: Tensor, order: Tensor, masks: Tensor, answer: int, generator: torch.Generator, remember: int,
-    before: Tensor | None = None,
+    before: Tensor,
 ) -> Tensor:
     """Ours: a decoding up to one reveal that may go wrong, int64 [K, B, N], the state to train on last.
 
@@ -658,7 +658,7 @@ def reveal_trajectory(
     trajectory = torch.cat([revealing, draft.unsqueeze(0), draft.masked_fill(draft != clean, MASK).unsqueeze(0)])
     draw = rand(batch)
     after = (draw > 1 / 3).long() + (draw > 5 / 6).long()
-    return rm.history_until(trajectory, turns + (after if before is None else after.masked_fill(before, 0)))
+    return rm.history_until(trajectory, turns + after.masked_fill(before, 0))
 
 
 def frozen(model: MaskDiffusionTransformer, precision: str, compile: bool) -> Callable[[Tensor], Tensor]:

@@ -446,7 +446,8 @@ def test_a_reveal_that_may_go_wrong():
     sure = torch.rand(clean.shape, generator=generator)
     logits = 5 * torch.nn.functional.one_hot(best, 9) * (1 + sure.unsqueeze(-1))
     logits[..., text.MASK] = 99.0  # never revealed
-    states = text.reveal_trajectory(clean, logits, order, masks, answer, generator, remember=4)
+    only_before = torch.arange(400) >= 300
+    states = text.reveal_trajectory(clean, logits, order, masks, answer, generator, 4, only_before)
     kinds = []
     for row in range(400):
         seen = [state for state in states[:, row] if state[0] != text.ABSENT]
@@ -469,7 +470,9 @@ def test_a_reveal_that_may_go_wrong():
         if wrong and now is not draft:
             assert torch.equal(now, draft.masked_fill(draft != clean[row], text.MASK))
         kinds.append("remasked" if wrong and not torch.equal(now, draft) else "after")
-    assert 0.2 < kinds.count("before") / 400 < 0.5 and kinds.count("after") > 120 and kinds.count("remasked") > 20
+    assert set(kinds[300:]) == {"before"}
+    kinds = kinds[:300]
+    assert 0.2 < kinds.count("before") / 300 < 0.5 and kinds.count("after") > 90 and kinds.count("remasked") > 15
 
 
 def test_rows_in_a_parallel_reveal_mix_with_the_others():
@@ -498,15 +501,14 @@ def test_plain_rows_lack_tokens_and_have_none_wrong():
         wrong = ((now != clean) & (now != text.MASK)).any(-1)
         masks = (now == text.MASK)[:, start:].sum(-1)
         seen[plain, remember] = wrong.float().mean().item()
-        if plain == 1:  # masks log-uniform in 1..N: the mean of 1/m weighs every number alike
+        if plain == 1:  # nothing was ever wrong, and the number of masks is log-uniform in 1..N
+            assert ((states == clean) | (states == text.MASK) | (states == text.ABSENT)).all()
             length = clean.shape[1] - start
-            assert masks.min() == 1 and masks.max() == length and not wrong.any()
+            assert masks.min() == 1 and masks.max() == length
             expected = math.log(4 / 2) / math.log(length + 1)  # two or three are masked
             assert abs(((masks == 2) | (masks == 3)).float().mean() - expected) < 0.07
         prompt_stays = (states[..., :start] == clean[:, :start]) | (states[..., :start] == text.ABSENT)
         assert prompt_stays.all() and not (now == text.ABSENT).any()
-        if plain == 1:  # nothing was ever wrong
-            assert ((states == clean) | (states == text.MASK) | (states == text.ABSENT)).all()
     assert abs(seen[0.5, 1] - seen[0.0, 1] / 2) < 0.08 and seen[0.0, 1] > 0.3
     shares = []
     for plain in (0.0, 0.5):  # the setting of the run of record, drafts from a base that knows nothing
