@@ -161,46 +161,54 @@ def sum_of_products(rng, largest):
 
 def boxes_of_pens(rng, largest):
     a, b = rng.randint(2, largest), rng.randint(2, largest)
-    lost = rng.randint(1, a * b)
-    prompt = f"{a} boxes of {b} pens, {lost} lost: how many left?"
-    return prompt, worked(times(rng, a, b), f"{a * b}-{lost}={a * b - lost}", result=a * b - lost)
+    lost, found = rng.randint(1, min(a * b, largest)), rng.randint(1, largest)
+    total, left = a * b, a * b - lost + found
+    lost_first = f"{total}-{lost}={total - lost};{plus(rng, total - lost, found)}"
+    found_first = f"{plus(rng, total, found)};{total + found}-{lost}={left}"
+    prompt = f"{a} boxes of {b} pens, {lost} lost, {found} found"
+    return prompt, worked(times(rng, a, b), rng.choice((lost_first, found_first)), result=left)
 
 
 def linear_equation(rng, largest):
-    a, x, b = rng.randint(2, largest), rng.randint(1, largest), rng.randint(1, 5 * largest)
-    c = a * x + b
-    solving = f"{c}-{b}={c - b};{c - b}/{a}={x}"
-    checking = f"{times(rng, a, x)};{plus(rng, a * x, b)}"
-    return f"solve {a}x+{b}={c}", worked(rng.choice((solving, checking)), result=x)
+    a, bracket, b = rng.randint(2, largest), rng.randint(2, largest + 1), rng.randint(1, largest)
+    x = rng.randint(1, bracket - 1)
+    p, c = bracket - x, a * bracket + b
+    solving = f"{c}-{b}={c - b};{c - b}/{a}={bracket};{bracket}-{p}={x}"
+    checking = f"{plus(rng, x, p)};{times(rng, a, bracket)};{plus(rng, a * bracket, b)}"
+    return f"solve {a}(x+{p})+{b}={c}", worked(rng.choice((solving, checking)), result=x)
 
 
-def sum_and_difference(rng, largest):
-    x, y = sorted((rng.randint(1, 4 * largest), rng.randint(1, 4 * largest)), reverse=True)
-    s, d = x + y, x - y
-    by_sum, by_difference = f"{s}+{d}={s + d};{s + d}/2={x}", f"{s}-{d}={s - d};{s - d}/2={y};{s}-{y}={x}"
-    return f"x+y={s}, x-y={d}: find x", worked(rng.choice((by_sum, by_difference)), result=x)
+def function_of_function(rng, largest):
+    a, x, b = (rng.randint(2, largest) for _ in range(3))
+    value = a * x + b
+    c = rng.randint(1, min(largest, value))
+    steps = times(rng, a, x), plus(rng, a * x, b), f"{value}-{c}={value - c}"
+    return f"f(x)={a}x+{b}, g(x)=x-{c}: g(f({x}))", worked(*steps, result=value - c)
 
 
 def other_root(rng, largest):
-    p, q = rng.randint(1, 3 * largest), rng.randint(1, 3 * largest)
+    p, q = rng.randint(1, 2 * largest), rng.randint(1, 2 * largest)
     steps = rng.sample([f"{p + q}-{p}={q}", f"{p * q}/{p}={q}"], 2)
-    return f"x^2-{p + q}x+{p * q} has the root {p}: the other?", worked(*steps[: rng.randint(1, 2)], result=q)
+    return f"x^2-{p + q}x+{p * q}, one root {p}: other?", worked(*steps[: rng.randint(1, 2)], result=q)
 
 
 def product_of_brackets(rng, largest):
-    p, q, x = rng.randint(1, largest), rng.randint(1, largest), rng.randint(1, 2 * largest)
+    p, q, x, c = (rng.randint(1, largest) for _ in range(4))
     prompt, steps = "", []
     for value in (p, q):
         sign, number = ("+", value - x) if value > x else ("-", x - value)
         prompt += f"(x{sign}{number})"
         steps.append(f"{x}{sign}{number}={value}")
-    return f"{prompt} at x={x}", worked(*rng.sample(steps, 2), times(rng, p, q), result=p * q)
+    steps = rng.sample(steps, 2)
+    return f"{prompt}+{c} at x={x}", worked(*steps, times(rng, p, q), plus(rng, p * q, c), result=p * q + c)
 
 
 def remainder(rng, largest):
-    a, b = rng.randint(10, 10 * largest + 9), rng.randint(3, largest)
-    fits = a - a % b
-    return f"remainder of {a} by {b}", worked(times(rng, b, a // b), f"{a}-{fits}={a % b}", result=a % b)
+    a, b, c, d = (rng.randint(2, largest) for _ in range(4))
+    total = a * b + c
+    fits = total - total % d
+    steps = times(rng, a, b), plus(rng, a * b, c), f"{total}-{fits}={total % d}"
+    return f"remainder of {a}*{b}+{c} by {d}", worked(*steps, result=total % d)
 
 
 def greatest_common_divisor(rng, largest):
@@ -211,15 +219,23 @@ def greatest_common_divisor(rng, largest):
 
 
 def units_digit(rng, largest):
-    a, b = rng.randint(11, 99), rng.randint(11, 99)
-    return f"units digit of {a}*{b}", worked(times(rng, a % 10, b % 10), result=a * b % 10)
+    a, b, c = rng.randint(11, 99), rng.randint(11, 99), rng.randint(1, largest)
+    product = (a % 10) * (b % 10)
+    steps = times(rng, a % 10, b % 10), plus(rng, product, c)
+    return f"units digit of {a}*{b}+{c}", worked(*steps, result=(product + c) % 10)
 
 
 def outfits(rng, largest):
-    a, b, c = rng.randint(2, largest), rng.randint(2, largest), rng.randint(2, 5)
-    first, second, third = rng.sample((a, b, c), 3)
-    steps = times(rng, first, second), times(rng, first * second, third)
-    return f"{a} hats, {b} coats, {c} bags: outfits?", worked(*steps, result=a * b * c)
+    while True:
+        a, b, c, d = (rng.randint(2, largest) for _ in range(4))
+        if a + b <= largest + 1 and d < (a + b) * c:
+            break
+    total = (a + b) * c
+    hats_first = f"{plus(rng, a, b)};{times(rng, a + b, c)}"
+    coats_first = ";".join(rng.sample([times(rng, a, c), times(rng, b, c)], 2)) + f";{plus(rng, a * c, b * c)}"
+    way = rng.choice((hats_first, coats_first))
+    prompt = f"outfits: {a}+{b} hats, {c} coats, {d} clash"
+    return prompt, worked(way, f"{total}-{d}={total - d}", result=total - d)
 
 
 def chance_of_red(rng, largest):
@@ -228,7 +244,7 @@ def chance_of_red(rng, largest):
 
 
 def third_angle(rng, largest):
-    a, b = rng.randint(10, 85), rng.randint(10, 85)
+    a, b = rng.sample((10 * rng.randint(1, 8), rng.randint(10, 85)), 2)
     a_first, b_first = f"180-{a}={180 - a};{180 - a}-{b}=", f"180-{b}={180 - b};{180 - b}-{a}="
     last = 180 - a - b
     way = rng.choice((f"{plus(rng, a, b)};180-{a + b}=", a_first, b_first))
@@ -236,17 +252,14 @@ def third_angle(rng, largest):
 
 
 def frame_area(rng, largest):
-    while True:
-        a, b, c, d = (rng.randint(1, largest) for _ in range(4))
-        if c <= a and d <= b:
-            break
+    a, b, c, d = rng.randint(3, largest), rng.randint(3, largest), rng.randint(1, 3), rng.randint(1, 3)
     steps = rng.sample([times(rng, a, b), times(rng, c, d)], 2)
     left = a * b - c * d
     return f"{a} by {b}, hole {c} by {d}: area?", worked(*steps, f"{a * b}-{c * d}={left}", result=left)
 
 
 def perimeter(rng, largest):
-    a, b = rng.randint(2, 4 * largest), rng.randint(2, 4 * largest)
+    a, b = rng.randint(2, 2 * largest), rng.randint(2, 2 * largest)
     half_first = f"{plus(rng, a, b)};{times(rng, 2, a + b)}"
     sides_first = ";".join(rng.sample([times(rng, 2, a), times(rng, 2, b)], 2)) + f";{plus(rng, 2 * a, 2 * b)}"
     return f"perimeter of {a} by {b}", worked(rng.choice((half_first, sides_first)), result=2 * (a + b))
@@ -259,10 +272,11 @@ def dot_product(rng, largest):
 
 
 def arithmetic_sequence(rng, largest):
-    first, step, n = rng.randint(1, 4 * largest), rng.randint(2, largest), rng.randint(5, largest + 1)
+    first, step, n = rng.randint(1, largest), rng.randint(2, largest), rng.randint(4, largest + 1)
     prompt = f"{first}, {first + step}, {first + 2 * step}, ...: term {n}"
     grown = step * (n - 1)
-    return prompt, worked(f"{n}-1={n - 1}", times(rng, step, n - 1), plus(rng, first, grown), result=first + grown)
+    steps = rng.sample([f"{first + step}-{first}={step}", f"{n}-1={n - 1}"], 2)
+    return prompt, worked(*steps, times(rng, step, n - 1), plus(rng, first, grown), result=first + grown)
 
 
 CONDITIONS = {  # in words: (as Python tests, any of them)
@@ -376,7 +390,7 @@ def long_multiplication(rng, largest):
 TASKS = {  # task -> subject -> templates
     "math": {
         "prealgebra": [sum_of_products, boxes_of_pens],
-        "algebra": [linear_equation, sum_and_difference],
+        "algebra": [linear_equation, function_of_function],
         "intermediate algebra": [other_root, product_of_brackets],
         "number theory": [remainder, greatest_common_divisor, units_digit],
         "counting & probability": [outfits, chance_of_red],

@@ -35,27 +35,27 @@ def solve_math(prompt):
     if re.fullmatch(r"\d+\*\d+\+\d+\*\d+", prompt):
         return n[0] * n[1] + n[2] * n[3]
     if "pens" in prompt:
-        return n[0] * n[1] - n[2]
+        return n[0] * n[1] - n[2] + n[3]
     if prompt.startswith("solve"):
-        return next(x for x in range(1000) if n[0] * x + n[1] == n[2])
-    if "find x" in prompt:
-        return next(x for x in range(n[0] + 1) if x - (n[0] - x) == n[1])
+        return next(x for x in range(1000) if n[0] * (x + n[1]) + n[2] == n[3])
+    if prompt.startswith("f(x)"):
+        return n[0] * n[3] + n[1] - n[2]
     if "root" in prompt:  # of x^2 - bx + c
         b, c, known = n[1], n[2], n[3]
         assert known**2 - b * known + c == 0
         return next(x for x in range(b + 1) if x + known == b and x * known == c)
     if " at x=" in prompt:
         brackets, x = prompt.split(" at x=")
-        factors = [int(x) + int(number) for number in re.findall(r"\(x([-+]\d+)\)", brackets)]
-        return factors[0] * factors[1]
+        first, second = [int(x) + int(number) for number in re.findall(r"\(x([-+]\d+)\)", brackets)]
+        return first * second + n[2]
     if prompt.startswith("remainder"):
-        return n[0] % n[1]
+        return (n[0] * n[1] + n[2]) % n[3]
     if prompt.startswith("gcd"):
         return math.gcd(*n)
     if prompt.startswith("units"):
-        return n[0] * n[1] % 10
+        return (n[0] * n[1] + n[2]) % 10
     if "outfits" in prompt:
-        return math.prod(n)
+        return (n[0] + n[1]) * n[2] - n[3]
     if "chance" in prompt:
         return f"{n[0]}/{n[0] + n[1]}"
     if prompt.startswith("angles"):
