@@ -159,14 +159,12 @@ def sum_of_products(rng, largest):
     return f"{a}*{b}+{c}*{d}", worked(*steps, plus(rng, a * b, c * d), result=a * b + c * d)
 
 
-def boxes_of_pens(rng, largest):
-    a, b = rng.randint(2, largest), rng.randint(2, largest)
-    lost, found = rng.randint(1, min(a * b, largest)), rng.randint(1, largest)
-    total, left = a * b, a * b - lost + found
-    lost_first = f"{total}-{lost}={total - lost};{plus(rng, total - lost, found)}"
-    found_first = f"{plus(rng, total, found)};{total + found}-{lost}={left}"
-    prompt = f"{a} boxes of {b} pens, {lost} lost, {found} found"
-    return prompt, worked(times(rng, a, b), rng.choice((lost_first, found_first)), result=left)
+def two_heaps(rng, largest):
+    a, b, c = rng.randint(2, largest), rng.randint(2, largest), rng.randint(1, 2 * largest)
+    first = rng.randint(1, a * b + c - 1)
+    second = a * b + c - first
+    steps = times(rng, a, b), plus(rng, a * b, c), f"{first}+{second}={a * b + c}"
+    return f"{a} boxes of {b} pens and {c}: two heaps?", worked(*steps, result=f"{first},{second}")
 
 
 def linear_equation(rng, largest):
@@ -178,12 +176,9 @@ def linear_equation(rng, largest):
     return f"solve {a}(x+{p})+{b}={c}", worked(rng.choice((solving, checking)), result=x)
 
 
-def function_of_function(rng, largest):
-    a, x, b = (rng.randint(2, largest) for _ in range(3))
-    value = a * x + b
-    c = rng.randint(1, min(largest, value))
-    steps = times(rng, a, x), plus(rng, a * x, b), f"{value}-{c}={value - c}"
-    return f"f(x)={a}x+{b}, g(x)=x-{c}: g(f({x}))", worked(*steps, result=value - c)
+def two_unknowns(rng, largest):
+    a, x, y = rng.randint(2, largest), rng.randint(1, 2 * largest), rng.randint(1, largest)
+    return f"x+{a}y={x + a * y}: x, y?", worked(times(rng, a, y), plus(rng, x, a * y), result=f"{x},{y}")
 
 
 def other_root(rng, largest):
@@ -192,23 +187,12 @@ def other_root(rng, largest):
     return f"x^2-{p + q}x+{p * q}, one root {p}: other?", worked(*steps[: rng.randint(1, 2)], result=q)
 
 
-def product_of_brackets(rng, largest):
-    p, q, x, c = (rng.randint(1, largest) for _ in range(4))
-    prompt, steps = "", []
-    for value in (p, q):
-        sign, number = ("+", value - x) if value > x else ("-", x - value)
-        prompt += f"(x{sign}{number})"
-        steps.append(f"{x}{sign}{number}={value}")
-    steps = rng.sample(steps, 2)
-    return f"{prompt}+{c} at x={x}", worked(*steps, times(rng, p, q), plus(rng, p * q, c), result=p * q + c)
-
-
-def remainder(rng, largest):
-    a, b, c, d = (rng.randint(2, largest) for _ in range(4))
-    total = a * b + c
-    fits = total - total % d
-    steps = times(rng, a, b), plus(rng, a * b, c), f"{total}-{fits}={total % d}"
-    return f"remainder of {a}*{b}+{c} by {d}", worked(*steps, result=total % d)
+def three_unknowns(rng, largest):
+    brackets, z = [rng.randint(2, largest) for _ in "xy"], rng.randint(1, largest)
+    x, y = (rng.randint(1, bracket - 1) for bracket in brackets)
+    p, q, product = brackets[0] - x, brackets[1] - y, math.prod(brackets)
+    steps = plus(rng, x, p), plus(rng, y, q), times(rng, *brackets), plus(rng, product, z)
+    return f"(x+{p})(y+{q})+z={product + z}: x, y, z?", worked(*steps, result=f"{x},{y},{z}")
 
 
 def greatest_common_divisor(rng, largest):
@@ -218,37 +202,31 @@ def greatest_common_divisor(rng, largest):
             return f"gcd of {g * m} and {g * n}", worked(*rng.sample([times(rng, g, m), times(rng, g, n)], 2), result=g)
 
 
-def units_digit(rng, largest):
-    a, b, c = rng.randint(11, 99), rng.randint(11, 99), rng.randint(1, largest)
-    product = (a % 10) * (b % 10)
-    steps = times(rng, a % 10, b % 10), plus(rng, product, c)
-    return f"units digit of {a}*{b}+{c}", worked(*steps, result=(product + c) % 10)
+def number_with_remainder(rng, largest):
+    b, quotient = rng.randint(3, largest), rng.randint(1, largest)
+    rest = rng.randint(1, b - 1)
+    number = b * quotient + rest
+    steps = times(rng, b, quotient), plus(rng, b * quotient, rest)
+    return f"over {rng.randint(1, number - 1)}, leaves {rest} by {b}: number?", worked(*steps, result=number)
 
 
 def outfits(rng, largest):
     while True:
-        a, b, c, d = (rng.randint(2, largest) for _ in range(4))
-        if a + b <= largest + 1 and d < (a + b) * c:
+        a, b, c = (rng.randint(2, largest) for _ in range(3))
+        if a + b <= largest + 1:
             break
-    total = (a + b) * c
     hats_first = f"{plus(rng, a, b)};{times(rng, a + b, c)}"
     coats_first = ";".join(rng.sample([times(rng, a, c), times(rng, b, c)], 2)) + f";{plus(rng, a * c, b * c)}"
-    way = rng.choice((hats_first, coats_first))
-    prompt = f"outfits: {a}+{b} hats, {c} coats, {d} clash"
-    return prompt, worked(way, f"{total}-{d}={total - d}", result=total - d)
+    return f"{a} red, {b} blue hats, {c} coats: outfits?", worked(rng.choice((hats_first, coats_first)), result=(a + b) * c)
 
 
-def chance_of_red(rng, largest):
-    red, blue = rng.randint(1, 5 * largest), rng.randint(1, 5 * largest)
-    return f"{red} red, {blue} blue: chance of red?", worked(plus(rng, red, blue), result=f"{red}/{red + blue}")
-
-
-def third_angle(rng, largest):
-    a, b = rng.sample((10 * rng.randint(1, 8), rng.randint(10, 85)), 2)
-    a_first, b_first = f"180-{a}={180 - a};{180 - a}-{b}=", f"180-{b}={180 - b};{180 - b}-{a}="
-    last = 180 - a - b
-    way = rng.choice((f"{plus(rng, a, b)};180-{a + b}=", a_first, b_first))
-    return f"angles {a} and {b}: third angle?", worked(f"{way}{last}", result=last)
+def red_and_blue(rng, largest):
+    share, whole = sorted(rng.sample(range(1, largest + 1), 2))
+    k = rng.randint(1, largest)
+    red, balls = k * share, k * whole
+    steps = *rng.sample([times(rng, k, share), times(rng, k, whole)], 2), f"{balls}-{red}={balls - red}"
+    prompt = f"{share}/{whole} red, over {rng.randint(1, balls - 1)} balls: red, blue?"
+    return prompt, worked(*steps, result=f"{red},{balls - red}")
 
 
 def frame_area(rng, largest):
@@ -258,11 +236,11 @@ def frame_area(rng, largest):
     return f"{a} by {b}, hole {c} by {d}: area?", worked(*steps, f"{a * b}-{c * d}={left}", result=left)
 
 
-def perimeter(rng, largest):
-    a, b = rng.randint(2, 2 * largest), rng.randint(2, 2 * largest)
-    half_first = f"{plus(rng, a, b)};{times(rng, 2, a + b)}"
-    sides_first = ";".join(rng.sample([times(rng, 2, a), times(rng, 2, b)], 2)) + f";{plus(rng, 2 * a, 2 * b)}"
-    return f"perimeter of {a} by {b}", worked(rng.choice((half_first, sides_first)), result=2 * (a + b))
+def rectangle(rng, largest):
+    a, b = rng.randint(1, 4 * largest), rng.randint(2, 4 * largest)
+    steps = f"{2 * (a + b)}/2={a + b}", f"{a}+{b}={a + b}"
+    prompt = f"perimeter {2 * (a + b)}, a side over {rng.randint(1, max(a, b) - 1)}: sides?"
+    return prompt, worked(*steps, result=f"{a},{b}")
 
 
 def dot_product(rng, largest):
@@ -272,12 +250,23 @@ def dot_product(rng, largest):
 
 
 def arithmetic_sequence(rng, largest):
-    first, step, n = rng.randint(1, largest), rng.randint(2, largest), rng.randint(4, largest + 1)
-    prompt = f"{first}, {first + step}, {first + 2 * step}, ...: term {n}"
+    first, step, n = rng.randint(1, 2 * largest), rng.randint(1, largest), rng.randint(3, largest + 1)
     grown = step * (n - 1)
-    steps = rng.sample([f"{first + step}-{first}={step}", f"{n}-1={n - 1}"], 2)
-    return prompt, worked(*steps, times(rng, step, n - 1), plus(rng, first, grown), result=first + grown)
+    steps = f"{n}-1={n - 1}", times(rng, step, n - 1), plus(rng, first, grown)
+    return f"term {n} is {first + grown}: first, step?", worked(*steps, result=f"{first},{step}")
 
+
+# Math prompts with several right results: whether a result of positive numbers solves the prompt's numbers n.
+SOLVES = {
+    r"\d+ boxes of \d+ pens and \d+: two heaps\?": lambda n, a, b: a + b == n[0] * n[1] + n[2],
+    r"x\+\d+y=\d+: x, y\?": lambda n, x, y: x + n[0] * y == n[1],
+    r"\(x\+\d+\)\(y\+\d+\)\+z=\d+: x, y, z\?": lambda n, x, y, z: (x + n[0]) * (y + n[1]) + z == n[2],
+    r"over \d+, leaves \d+ by \d+: number\?": lambda n, a: a > n[0] and a % n[2] == n[1],
+    r"\d+/\d+ red, over \d+ balls: red, blue\?":
+        lambda n, red, blue: red * n[1] == (red + blue) * n[0] and red + blue > n[2],
+    r"perimeter \d+, a side over \d+: sides\?": lambda n, a, b: 2 * (a + b) == n[0] and max(a, b) > n[1],
+    r"term \d+ is \d+: first, step\?": lambda n, first, step: first + step * (n[0] - 1) == n[1],
+}
 
 CONDITIONS = {  # in words: (as Python tests, any of them)
     "evens": ["x%2==0", "x%2<1"],
@@ -389,12 +378,12 @@ def long_multiplication(rng, largest):
 
 TASKS = {  # task -> subject -> templates
     "math": {
-        "prealgebra": [sum_of_products, boxes_of_pens],
-        "algebra": [linear_equation, function_of_function],
-        "intermediate algebra": [other_root, product_of_brackets],
-        "number theory": [remainder, greatest_common_divisor, units_digit],
-        "counting & probability": [outfits, chance_of_red],
-        "geometry": [third_angle, frame_area, perimeter],
+        "prealgebra": [sum_of_products, two_heaps],
+        "algebra": [linear_equation, two_unknowns],
+        "intermediate algebra": [other_root, three_unknowns],
+        "number theory": [greatest_common_divisor, number_with_remainder],
+        "counting & probability": [outfits, red_and_blue],
+        "geometry": [frame_area, rectangle],
         "precalculus": [dot_product, arithmetic_sequence],
     },
     "code": {"code": [describe_and_program]},
@@ -475,9 +464,22 @@ def false_steps(answer: str) -> int:
 
 
 def grade_result(prompts, references, answers) -> list[bool]:
-    """What follows the last #### decides; an answer without it is wrong."""
-    parts = [(ours.rpartition("####"), theirs.rpartition("####")) for ours, theirs in zip(answers, references)]
-    return [bool(ours[1]) and ours[2].strip() == theirs[2].strip() for ours, theirs in parts]
+    """What follows the last #### decides; an answer without it is wrong.
+
+    It must be the reference's, or, for a prompt with several right results (SOLVES), any that solves it.
+    """
+    def right(prompt: str, reference: str, answer: str) -> bool:
+        _, mark, result = answer.rpartition("####")
+        result = result.strip()
+        solves = next((check for pattern, check in SOLVES.items() if re.fullmatch(pattern, prompt)), None)
+        if solves is None or not mark:
+            return bool(mark) and result == reference.rpartition("####")[2].strip()
+        values = [int(n) for n in re.findall(r"\d+", result)]
+        if result != ",".join(map(str, values)) or 0 in values or len(values) != solves.__code__.co_argcount - 1:
+            return False
+        return solves([int(n) for n in re.findall(r"\d+", prompt)], *values)
+
+    return [right(*texts) for texts in zip(prompts, references, answers)]
 
 
 def grade_exact(prompts, references, answers) -> list[bool]:
