@@ -1267,7 +1267,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--width", type=int, default=128, help="of the network; 4 layers of 128 are 0.8 M parameters (default 128)")
     add("--layers", type=int, default=4, help="of the network (default 4)")
     add("--learning-rate", type=float, default=2.5e-3, help="of the base (default 2.5e-3)")
-    add("--tuning-rate", type=float, default=1.5e-3, help="of SFT and RM (default 1.5e-3)")
+    add("--tuning-rate", type=float, default=4e-4, help="of SFT and RM (default 4e-4)")
     add("--prompt-share", type=float, default=0.2, help="rows of the base that mask the prompt too (default 0.2)")
     add("--corruption", type=float, default=0.3,
         help="share of positions that start wrong, or with --drafts drafted (default 0.3)")
