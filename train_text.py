@@ -710,8 +710,8 @@ def even_reveal(passes: int) -> Callable[..., Tensor]:
     return rule
 
 
-def haste_at(chosen: list[tuple[int, float]], passes: int) -> float:
-    """The haste chosen for that many passes, or for the nearest number below (else the first)."""
+def chosen_at(chosen: list[tuple[int, float]], passes: int) -> float:
+    """The haste or doubt chosen for that many passes, or for the nearest number below (else the first)."""
     return max((pair for pair in chosen if pair[0] <= passes), default=chosen[0])[1]
 
 
@@ -721,15 +721,19 @@ def decode(model, info: dict, rows: Tensor, passes: int, args, chunk: int = 256)
 
     base and sft: LLaDA's low-confidence decoding, as many of the most confident reveals a pass as needed, nothing is
     re-masked.  rm and history: the same with re-masking in parallel (Eq. 1) at info["haste"] times that pace, and
-    with the passes left over as free turns of revision.  One Revision a chunk of rows, with its trace.
+    with the passes left over as free turns of revision.  info["doubt"] d > 0 (ours) re-masks sooner than Eq. 1, where
+    p(M) > exp(-d) p(x); what is revealed stays the same.  One Revision a chunk of rows, with its trace.
     """
     low_confidence = info["variant"] in ("base", "sft")
     length, device = info["tokenizer"]["answer_length"], model.embedding.device
-    reveal = None if low_confidence else pace(length, passes, haste_at(info["haste"], passes))
+    reveal = None if low_confidence else pace(length, passes, chosen_at(info["haste"], passes))
+    doubt = 0.0 if low_confidence else chosen_at(info.get("doubt", [(1, 0.0)]), passes)
 
     def denoiser(embedded: Tensor) -> Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-            return model(embedded).float()
+            logits = model(embedded).float()
+        logits[..., MASK] += doubt
+        return logits
 
     results = []
     for part in rows.to(device).split(chunk):
@@ -939,7 +943,7 @@ def train_variant(variant: str, steps: int | None, problems, tokenizer: Tokenize
     info = {"variant": variant, "trained_on": name, "gamma": gamma, "rotate": rotate, "tokenizer": dict(
         symbols=tokenizer.symbols, words=tokenizer.words, prompt_length=tokenizer.prompt_length,
         answer_length=tokenizer.answer_length), "graders": graders, "haste": [(1, args.haste[-1])],
-        "largest": args.largest}
+        "doubt": [(1, args.doubt[0])], "largest": args.largest}
     model, resume, curve, seconds = new_model(tokenizer, args), path.with_suffix(".resume.pt"), [], 0.0
     if base is not None:
         model.load_state_dict(base.state_dict())
@@ -973,7 +977,7 @@ def train_variant(variant: str, steps: int | None, problems, tokenizer: Tokenize
         terminal = sys.stdout.isatty()
         print(f"\r{line}\033[K" if terminal else line, end="" if terminal and step < steps else "\n", flush=True)
     if main and variant in ("rm", "history"):
-        info["haste"] = choose_haste(model, info, validation, args)
+        info |= choose_decoding(model, info, validation, args)
     record = info | {"seed": args.seed, "steps": steps, "minutes": seconds / 60, "settings": settings}
     record |= {"params": sum(p.numel() for p in model.parameters()), "compiled": args.compile,
                "precision": args.precision, "provenance": rm.provenance()}
@@ -989,21 +993,23 @@ def train_variant(variant: str, steps: int | None, problems, tokenizer: Tokenize
     return record
 
 
-def choose_haste(model, info: dict, validation: dict[str, list[Problem]], args) -> list[tuple[int, float]]:
-    """For every number of forward passes that of --haste which is best on the validation problems.
+def choose_decoding(model, info: dict, validation: dict[str, list[Problem]], args) -> dict[str, list]:
+    """For every number of forward passes the pair of --haste and --doubt that is best on the validation problems.
 
     choice, an answer of one pass, has no say beside other families.
     """
     chosen, families = [], [f for f in validation if validation[f][0].subject != "choice"] or list(validation)
+    pairs = [(haste, doubt) for doubt in args.doubt for haste in args.haste]
     for passes in args.passes or budgets(info["tokenizer"]["answer_length"]):
         right = {}
-        for haste in args.haste if len(args.haste) > 1 else []:
-            trial = info | {"haste": [(1, haste)]}
+        for haste, doubt in pairs if len(pairs) > 1 else []:
+            trial = info | {"haste": [(1, haste)], "doubt": [(1, doubt)]}
             scores = [evaluate(model, trial, validation[f], info["graders"][f], passes, args) for f in families]
-            right[haste] = sum(score["accuracy"] for score in scores)
-        chosen.append((passes, max(right, key=right.get, default=args.haste[0])))
-    print("haste by forward passes: " + ", ".join(f"{haste:g} at {passes}" for passes, haste in chosen), flush=True)
-    return chosen
+            right[haste, doubt] = sum(score["accuracy"] for score in scores)
+        chosen.append((passes, *max(right, key=right.get, default=pairs[0])))
+        print("at {} passes haste {:g}, doubt {:g}".format(*chosen[-1]), flush=True)
+    return {"haste": [(passes, haste) for passes, haste, _ in chosen],
+            "doubt": [(passes, doubt) for passes, _, doubt in chosen]}
 
 
 def evaluate_all(model, info: dict, test: dict[str, list[Problem]], args) -> dict[str, list[dict]]:
@@ -1061,7 +1067,7 @@ def train_all(args) -> dict:
     result = report(records, tokenizer.answer_length)
     print_report(result)
     draw_curves(args.out / f"text_{name}.png", result)
-    kept = ("steps", "minutes", "params", "settings", "haste", "provenance", "curve")
+    kept = ("steps", "minutes", "params", "settings", "haste", "doubt", "provenance", "curve")
     result["records"] = {v: {k: r[k] for k in kept} for v, r in records.items()}
     rm.write_json(args.out / f"text_{name}.json", result)
     return result
@@ -1220,6 +1226,7 @@ def evaluate_checkpoint(args) -> dict:
         tokenizer.rows([p.prompt for p in problems], where=lambda i: f"{args.test or family} line {i + 1}")
     scores = evaluate_all(model, info, test, args)
     return {"variant": info["variant"], "scores": scores, "seed": args.test_seed, "haste": info["haste"],
+            "doubt": info.get("doubt", [(1, 0.0)]),
             "params": sum(p.numel() for p in model.parameters()), "checkpoint": args.checkpoint.name,
             "precision": args.precision, "provenance": rm.provenance()}
 
@@ -1233,7 +1240,7 @@ SETTINGS = (  # what a resumed run must share with the run it goes on from
 TUNING_SETTINGS = "steps tuning_rate".split()
 EVALUATION_SETTINGS = "n passes grader test_seed".split()
 REVISION_SETTINGS = (
-    "corruption top_k drafts reveals plain keep_weight second_guess own_states own_reveal haste remask_limit"
+    "corruption top_k drafts reveals plain keep_weight second_guess own_states own_reveal haste doubt remask_limit"
 ).split()
 
 
@@ -1256,7 +1263,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--largest", type=int, default=9, help="difficulty: the largest number in most problems (default 9)")
     add("--pool", type=int, default=100_000, help="generated training problems (default 100000)")
     add("--n", type=int, default=1050, help="test problems a family at most (default 1050)")
-    add("--validation", type=int, default=300, help="validation problems, for the curve and --haste (default 300)")
+    add("--validation", type=int, default=300, help="validation problems, for the curve, --haste and --doubt (default 300)")
     add = parser.add_argument_group("training").add_argument
     add("--history", action="store_true", help="also train RM + history (Eq. 2, gamma 0.9 with rotation)")
     add("--minutes", type=float, default=25,
@@ -1288,6 +1295,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--haste", type=float, nargs="+", metavar="H",
         help="RM reveals H times as fast as it must, and the passes saved are for revision; training chooses "
         "among several on validation problems (default 1 2), a checkpoint knows its choice")
+    add("--doubt", type=float, nargs="+", metavar="D",
+        help="ours: re-mask where p(MASK) > exp(-D) p(token); Eq. 1 is 0, the default; several: as for --haste")
     add("--remask-limit", type=int, help="re-masks of a position at most (default: no limit)")
     add("--test-seed", type=int, default=1, help="of the generated test problems (default 1)")
     add = parser.add_argument_group("general").add_argument
@@ -1341,10 +1350,12 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
             parser.error(f"--{name.replace('_', '-')} must be positive")
     if args.haste and not all(0 < haste < 1e9 for haste in args.haste):
         parser.error("--haste must be positive")
-    if args.haste and len(args.haste) > 1 and using:
-        parser.error("--haste takes several values in training alone")
+    if args.doubt and not all(-100 < doubt < 100 for doubt in args.doubt):
+        parser.error("--doubt must lie between -100 and 100")
+    if using and max(len(args.haste or []), len(args.doubt or [])) > 1:
+        parser.error("--haste and --doubt take several values in training alone")
     if not using:
-        args.haste = args.haste or [1.0, 2.0]
+        args.haste, args.doubt = args.haste or [1.0, 2.0], args.doubt or [0.0]
     if args.width % 8:
         parser.error("--width must be a multiple of 8")
     if args.largest < 5 or args.largest > 99:
@@ -1368,6 +1379,8 @@ def load(args) -> None:
     args.model = rm.load_checkpoint(args.checkpoint, "text", args.device, ("variant", "tokenizer", "graders", "haste"))
     if args.haste:
         args.model[1]["haste"] = [(1, args.haste[0])]
+    if args.doubt:
+        args.model[1]["doubt"] = [(1, args.doubt[0])]
 
 
 def main() -> None:

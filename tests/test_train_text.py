@@ -435,20 +435,50 @@ def test_paired_bootstrap_agrees_with_the_normal_interval():
     assert text.paired_bootstrap("1111", "1111")["ci95"] == (0, 0)
 
 
-def test_haste_is_chosen_by_validation_and_looked_up_by_passes(monkeypatch):
-    assert [text.haste_at([(2, 1.0), (4, 2.0), (8, 3.0)], p) for p in (1, 2, 5, 8, 99)] == [1.0, 1.0, 2.0, 3.0, 3.0]
-    monkeypatch.setattr(text, "evaluate", lambda model, info, problems, grader, passes, args:
-                        {"accuracy": -abs(info["haste"][0][1] - {4: 2.0, 8: 1.0}[passes])})
+def test_haste_and_doubt_are_chosen_by_validation_and_looked_up_by_passes(monkeypatch):
+    assert [text.chosen_at([(2, 1.0), (4, 2.0), (8, 3.0)], p) for p in (1, 2, 5, 8, 99)] == [1.0, 1.0, 2.0, 3.0, 3.0]
+    best = {4: (2.0, 0.0), 8: (1.0, 3.0)}
+    monkeypatch.setattr(text, "evaluate", lambda model, info, problems, grader, passes, args: {
+        "accuracy": -abs(info["haste"][0][1] - best[passes][0]) - abs(info["doubt"][0][1] - best[passes][1])})
     info = {"haste": [(1, 2.0)], "graders": {"math": "result"}, "tokenizer": {"answer_length": 8}}
-    args, math = SimpleNamespace(passes=[4, 8], haste=[1.0, 2.0, 3.0]), {"math": [text.Problem("", "", "algebra")]}
-    assert text.choose_haste(None, info, math, args) == [(4, 2.0), (8, 1.0)]
+    args = SimpleNamespace(passes=[4, 8], haste=[1.0, 2.0, 3.0], doubt=[0.0, 3.0])
+    math = {"math": [text.Problem("", "", "algebra")]}
+    assert text.choose_decoding(None, info, math, args) == {"haste": [(4, 2.0), (8, 1.0)], "doubt": [(4, 0.0), (8, 3.0)]}
     asked = []  # choice has no say where others have
     monkeypatch.setattr(text, "evaluate", lambda model, info, problems, *rest: asked.append(problems) or {"accuracy": 0})
     problems = {name: [text.Problem("", "", name)] for name in ("math", "choice")}
-    text.choose_haste(None, info | {"graders": dict.fromkeys(problems)}, problems, args)
+    text.choose_decoding(None, info | {"graders": dict.fromkeys(problems)}, problems, args)
     assert asked and all(given == problems["math"] for given in asked)
-    args.haste = [1.5]  # nothing to choose
-    assert text.choose_haste(None, info, math, args) == [(4, 1.5), (8, 1.5)]
+    args.haste, args.doubt = [1.5], [0.5]  # nothing to choose
+    found = text.choose_decoding(None, info, math, args)
+    assert found == {"haste": [(4, 1.5), (8, 1.5)], "doubt": [(4, 0.5), (8, 0.5)]}
+
+
+def test_doubt_moves_the_threshold_of_remasking_alone():
+    """Re-masked where p(M) > exp(-doubt) p(x), by loops over the probabilities; the reveals are Eq. 1's."""
+    tokenizer, pool = small_pool()
+    torch.manual_seed(3)
+    config = rm.TransformerConfig(tokenizer.vocabulary, tokenizer.length, 16, 1, 2, 32, "both")
+    model = rm.MaskDiffusionTransformer(config).eval()
+    for weight in (model.embedding, model.blocks[0].attention_out.weight, model.head.weight):
+        torch.nn.init.normal_(weight)  # logits far enough apart that some tokens are re-masked
+    rows = pool[:20].clone()
+    rows[:, -1] = text.MASK
+    probability = model(text.history_embedding(rows.unsqueeze(0), model.embedding, 0.0)).softmax(-1)
+    remasked = {}
+    for doubt in (-1.5, 0.0, 1.5):
+        info = dict(variant="rm", gamma=0.0, rotate=False, tokenizer=fields(tokenizer), haste=[(1, 1.0)])
+        info |= {"doubt": [(1, doubt)]} if doubt else {}
+        args = SimpleNamespace(precision="float32", remask_limit=None)
+        after = text.decode(model, info, rows, 2, args)[0].trace[1]
+        remasked[doubt] = 0
+        for i, j in [(i, j) for i in range(20) for j in range(tokenizer.prompt_length, tokenizer.length - 1)]:
+            p = probability[i, j]
+            expected = text.MASK if p[text.MASK] > math.exp(-doubt) * p[rows[i, j]] else rows[i, j]
+            assert after[i, j] == expected
+            remasked[doubt] += int(expected == text.MASK)
+        assert (after[:, -1] == probability[:, -1, 1:].argmax(-1) + 1).all()
+    assert 0 < remasked[-1.5] < remasked[0.0] < remasked[1.5]
 
 
 def test_a_reveal_that_may_go_wrong():
