@@ -1068,7 +1068,7 @@ def train_all(args) -> dict:
     print_report(result)
     draw_curves(args.out / f"text_{name}.png", result)
     kept = ("steps", "minutes", "params", "settings", "haste", "doubt", "provenance", "curve")
-    result["records"] = {v: {k: r[k] for k in kept} for v, r in records.items()}
+    result["records"] = {v: {k: r[k] for k in kept if k in r} for v, r in records.items()}
     rm.write_json(args.out / f"text_{name}.json", result)
     return result
 
