@@ -261,7 +261,7 @@ SOLVES = {
     r"\d+ boxes of \d+ pens and \d+: two heaps\?": lambda n, a, b: a + b == n[0] * n[1] + n[2],
     r"x\+\d+y=\d+: x, y\?": lambda n, x, y: x + n[0] * y == n[1],
     r"\(x\+\d+\)\(y\+\d+\)\+z=\d+: x, y, z\?": lambda n, x, y, z: (x + n[0]) * (y + n[1]) + z == n[2],
-    r"over \d+, leaves \d+ by \d+: number\?": lambda n, a: a > n[0] and a % n[2] == n[1],
+    r"over \d+, leaves \d+ by \d+: number\?": lambda n, a: a > n[0] and n[2] > n[1] and a % n[2] == n[1],
     r"\d+/\d+ red, over \d+ balls: red, blue\?":
         lambda n, red, blue: red * n[1] == (red + blue) * n[0] and red + blue > n[2],
     r"perimeter \d+, a side over \d+: sides\?": lambda n, a, b: 2 * (a + b) == n[0] and max(a, b) > n[1],
@@ -466,7 +466,8 @@ def false_steps(answer: str) -> int:
 def grade_result(prompts, references, answers) -> list[bool]:
     """What follows the last #### decides; an answer without it is wrong.
 
-    It must be the reference's, or, for a prompt with several right results (SOLVES), any that solves it.
+    It must be the reference's, or, for a prompt of --task math with several right results (SOLVES), any positive
+    integers that solve it, joined by commas.
     """
     def right(prompt: str, reference: str, answer: str) -> bool:
         _, mark, result = answer.rpartition("####")
@@ -1381,6 +1382,8 @@ def load(args) -> None:
         args.model[1]["haste"] = [(1, args.haste[0])]
     if args.doubt:
         args.model[1]["doubt"] = [(1, args.doubt[0])]
+    if (args.haste or args.doubt) and args.model[1]["variant"] in ("base", "sft"):
+        raise InputError(f"{args.checkpoint} never revises: --haste and --doubt have no effect on it")
 
 
 def main() -> None:

@@ -101,6 +101,7 @@ def test_math_grader_takes_every_right_result_and_no_other():
         assert not any(text.grade_result([prompt] * 2, [answer] * 2, [tried[0], "1+1=2;" + tried[0]]))
         counts[len(right) > 1] += 1
     assert min(counts.values()) > 100  # prompts with one right result, and with several
+    assert text.grade_result(["over 5, leaves 0 by 0: number?"], ["#### 7"], ["#### 7"]) == [False]  # no division by 0
 
 
 def described(words, xs):
