@@ -676,8 +676,9 @@ def run_script(main: Callable[[], None]) -> None:
     """Runs a script's main; what the user gave wrong, or a file that cannot be read or written, ends in one line."""
     try:
         main()
-        if dist.is_initialized():  # left to the interpreter's end, gloo's threads now and then abort the process
-            dist.destroy_process_group()
+        if dist.is_initialized():  # all is written; gloo's threads now and then abort an orderly end of the process
+            sys.stdout.flush()
+            os._exit(0)
     except (InputError, OSError) as error:
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         sys.exit(2)
