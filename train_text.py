@@ -3,7 +3,7 @@
     python train_text.py                             base, SFT and RM on --task code, 25 minutes of training, table
     python train_text.py --task all --history        math, code and choice mixed, RM with history too
     python train_text.py --evaluate                  score the shipped checkpoint
-    python train_text.py --ask "odds|4 3:3|1 7:1 7"  watch it write and revise
+    python train_text.py --ask "number of x over 3|7 4:2|8 6:2" --passes 9    watch it write and revise
     python train_text.py --data TRAIN.jsonl --test TEST.jsonl --grader exact    {"prompt": ..., "answer": ...} a line
 
 Reading order: text and tokens, tasks, graders, training data, decoding, evaluation, training, reports, command line.
@@ -217,7 +217,8 @@ def outfits(rng, largest):
             break
     hats_first = f"{plus(rng, a, b)};{times(rng, a + b, c)}"
     coats_first = ";".join(rng.sample([times(rng, a, c), times(rng, b, c)], 2)) + f";{plus(rng, a * c, b * c)}"
-    return f"{a} red, {b} blue hats, {c} coats: outfits?", worked(rng.choice((hats_first, coats_first)), result=(a + b) * c)
+    way = rng.choice((hats_first, coats_first))
+    return f"{a} red, {b} blue hats, {c} coats: outfits?", worked(way, result=(a + b) * c)
 
 
 def red_and_blue(rng, largest):
@@ -1264,7 +1265,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--largest", type=int, default=9, help="difficulty: the largest number in most problems (default 9)")
     add("--pool", type=int, default=100_000, help="generated training problems (default 100000)")
     add("--n", type=int, default=1050, help="test problems a family at most (default 1050)")
-    add("--validation", type=int, default=300, help="validation problems, for the curve, --haste and --doubt (default 300)")
+    add("--validation", type=int, default=300, help="validation problems: curve, --haste, --doubt (default 300)")
     add = parser.add_argument_group("training").add_argument
     add("--history", action="store_true", help="also train RM + history (Eq. 2, gamma 0.9 with rotation)")
     add("--minutes", type=float, default=25,
@@ -1280,8 +1281,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--corruption", type=float, default=0.3,
         help="share of positions that start wrong, or with --drafts drafted (default 0.3)")
     add("--top-k", type=int, default=4, help="wrong tokens come from the base's k likeliest (default 4)")
-    add("--drafts", action="store_true", help="ours: wrong tokens as likely as the base makes them, see sample_revision")
-    add("--reveals", type=float, default=0.0, help="ours: share of rows around a reveal of several at once (default 0)")
+    add("--drafts", action="store_true", help="ours: wrong tokens as the base itself makes them, see sample_revision")
+    add("--reveals", type=float, default=0.0, help="ours: share of rows around a reveal of several (default 0)")
     add("--plain", type=float, default=0.0, help="ours: share of rows with nothing wrong, masks alone (default 0)")
     add("--keep-weight", type=float, default=1.0, help="of the keep loss (default 1)")
     add("--second-guess", type=float, default=0.0, help="ours: share of second wrong guesses (default 0)")
@@ -1382,8 +1383,9 @@ def load(args) -> None:
         args.model[1]["haste"] = [(1, args.haste[0])]
     if args.doubt:
         args.model[1]["doubt"] = [(1, args.doubt[0])]
-    if (args.haste or args.doubt) and args.model[1]["variant"] in ("base", "sft"):
-        raise InputError(f"{args.checkpoint} never revises: --haste and --doubt have no effect on it")
+    given = args.haste or args.doubt or args.remask_limit is not None
+    if given and args.model[1]["variant"] in ("base", "sft"):
+        raise InputError(f"{args.checkpoint} never revises: --haste, --doubt and --remask-limit have no effect on it")
 
 
 def main() -> None:

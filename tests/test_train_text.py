@@ -88,7 +88,7 @@ def test_math_answers_and_every_step_are_true():
 
 
 def test_math_grader_takes_every_right_result_and_no_other():
-    problems = [p for p in text.generate("math", 420, "test", 0, 9)]
+    problems = text.generate("math", 420, "test", 0, 9)
     rng, counts = random.Random(0), Counter()
     for prompt, answer, _ in problems:
         right = solve_math(prompt)
@@ -444,9 +444,12 @@ def test_haste_and_doubt_are_chosen_by_validation_and_looked_up_by_passes(monkey
     info = {"haste": [(1, 2.0)], "graders": {"math": "result"}, "tokenizer": {"answer_length": 8}}
     args = SimpleNamespace(passes=[4, 8], haste=[1.0, 2.0, 3.0], doubt=[0.0, 3.0])
     math = {"math": [text.Problem("", "", "algebra")]}
-    assert text.choose_decoding(None, info, math, args) == {"haste": [(4, 2.0), (8, 1.0)], "doubt": [(4, 0.0), (8, 3.0)]}
+    found = text.choose_decoding(None, info, math, args)
+    assert found == {"haste": [(4, 2.0), (8, 1.0)], "doubt": [(4, 0.0), (8, 3.0)]}
     asked = []  # choice has no say where others have
-    monkeypatch.setattr(text, "evaluate", lambda model, info, problems, *rest: asked.append(problems) or {"accuracy": 0})
+    monkeypatch.setattr(
+        text, "evaluate", lambda model, info, problems, *rest: asked.append(problems) or {"accuracy": 0}
+    )
     problems = {name: [text.Problem("", "", name)] for name in ("math", "choice")}
     text.choose_decoding(None, info | {"graders": dict.fromkeys(problems)}, problems, args)
     assert asked and all(given == problems["math"] for given in asked)
@@ -701,6 +704,12 @@ def test_evaluate_scores_a_checkpoint(smoke, monkeypatch, capsys):
     (smoke / "mine.jsonl").write_text('{"prompt": "3*4+5*6", "answer": "42"}\n')
     in_process(monkeypatch, capsys, *common, "--test", smoke / "mine.jsonl", "--grader", "last_number")
     assert list(json.loads(path.read_text())["scores"]) == ["mine"]
+
+
+@pytest.mark.parametrize("option", ["--haste", "--doubt", "--remask-limit"])
+def test_a_model_that_never_revises_refuses_options_of_revision(smoke, monkeypatch, capsys, option):
+    with pytest.raises(rm.InputError, match="never revises"):
+        in_process(monkeypatch, capsys, "--evaluate", "--checkpoint", smoke / "all_sft_seed0.pt", option, "1")
 
 
 def test_own_data_trains_and_leaves_test_prompts_out(tmp_path, monkeypatch, capsys):
