@@ -1,68 +1,66 @@
-"""Triton kernels for Reflective Masking, each beside the plain PyTorch that defines it.
+"""Triton kernels for Reflective Masking: what a GPU runs in place of the PyTorch definitions.
 
-    1. decide_from_logits          Eq. 1 where logits exist: a row is read at masked positions only
-    2. decide_from_hidden          Eq. 1 from hidden states: logits [N, V] are never formed
-    3. history_step, history_sum   Eq. 2 as the O(1) recurrence, and as the closed sum with its gradient
-    4. revision_cross_entropy      the three losses of the oracle action, with gradient, from logits or hidden states
+    1. decide_from_logits          Eq. 1 where logits exist; a row is read at masked positions only
+    2. decide_from_hidden          Eq. 1 from hidden states; logits [N, V] are never formed
+    3. history_step, history_sum   Eq. 2 as the O(1) recurrence, and as the closed sum with gradient
+    4. revision_cross_entropy      the three losses with gradient, from logits or hidden states
 
-"Multi-Turn Reflective Masking Elicits Reasoning in Mask Diffusion Models" (Zhang et al., 2026, arXiv 2606.16700).
-Each section reads: what it computes, what it costs, the PyTorch reference, the kernel, the public function.
+"Multi-Turn Reflective Masking Elicits Reasoning in Mask Diffusion Models" (Zhang et al., 2026,
+arXiv 2606.16700).  The definitions are history.py (Eq. 2) and reflective_masking.py (Eq. 1, the
+losses); they hand over to this file on a GPU.  This file imports nothing of the project.  Each
+section reads: what it computes, what it costs, the kernel, the public function.
 
-Every public function takes impl: "torch", "triton", or None, which is triton for CUDA tensors where triton is
-installed (float64 excepted) and torch otherwise; which_path(device) says so in a line.  Without triton the file
-imports and every operation is its reference.  TRITON_INTERPRET=1, set before the import, runs the kernels on CPU.
-Inputs are never written; arithmetic is float32 at least.  Wrong shapes, dtypes and devices are a ValueError that
-names the argument, before any launch.  Ids out of range are one too on CPU; on a GPU that check would wait for the
-device, so there such an id reads nothing: its position is kept, adds no history, or has loss NaN.
-
-Run as a script, the file checks and times every operation: python kernels.py --help
+The file imports without triton; its operations are then never called.  TRITON_INTERPRET=1, set
+before the import, runs the kernels on CPU tensors.  Inputs are float32, bfloat16 or float16 and
+never written; arithmetic is float32.  Wrong shapes, dtypes and devices are a ValueError that names
+the argument, before any launch.  Ids out of range are one too on CPU; on a GPU that check would
+wait for the device, so there such an id reads nothing: its position is kept, adds no history, or
+has loss NaN.
 """
 
-import argparse
 import contextlib
-import functools
-import importlib.util
-import itertools
-import json
-import statistics
-import sys
-import time
 import types
 from collections.abc import Callable
-from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 try:
     import triton
     import triton.language as tl
 
     jit = triton.jit
-    INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: kernels run on CPU tensors, slowly
+    INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: on CPU tensors, slowly
 except ImportError:  # the kernels below are then never called
     triton, tl, INTERPRETED = None, types.SimpleNamespace(constexpr=lambda value: value), False
 
-    def jit(kernel: Callable) -> Callable:
-        return kernel
+    def jit(kernel: Callable | None = None, **options) -> Callable:
+        return kernel or jit
 
 
-REVEAL, REMASK, KEEP, IGNORE = 0, 1, 2, -1  # roles, as the oracle action gives them
+NO_TOKEN = tl.constexpr(2**31 - 1)  # "none yet"; greater than any id, so that min() prefers ids
+LOG2_E = tl.constexpr(1.4426950408889634)
+WORKSPACE = 2**28  # bytes of logits that decide_from_hidden holds at a time
+IGNORE = -1  # roles, as the oracle action gives them: 0 reveal, 1 re-mask, 2 keep, -1 no loss
 
-NO_TOKEN = tl.constexpr(2**31 - 1)  # "no best token yet"; greater than any id, so that min() prefers ids
+
+# ------------------------------------------------------------------------------------------------
+# 0. Which path runs, and what is checked (the PyTorch definitions use these too)
 
 
 def use_triton(impl: str | None, x: Tensor) -> bool:
-    """Whether an operation on x runs as a Triton kernel.  Raises ValueError when impl asks for the impossible."""
-    _require(impl in (None, "torch", "triton"), f"impl must be None, 'torch' or 'triton', got {impl!r}")
+    """Whether an operation on x runs here; None: on CUDA tensors with triton, float64 excepted.
+
+    Raises ValueError when impl, "torch", "triton" or None, asks for the impossible.
+    """
+    require(impl in (None, "torch", "triton"), f"impl must be 'torch' or 'triton', got {impl!r}")
     possible = triton is not None and (x.is_cuda or INTERPRETED) and x.dtype != torch.float64
     if impl == "triton" and not possible:
         raise ValueError(
-            "impl 'triton' needs triton, CUDA tensors (or TRITON_INTERPRET=1) and float32, bfloat16 or float16; "
-            f"got {x.dtype} on {x.device}, triton {'absent' if triton is None else triton.__version__}"
+            "impl 'triton' needs triton, CUDA tensors (or TRITON_INTERPRET=1) and float32, "
+            f"bfloat16 or float16; got {x.dtype} on {x.device}, triton "
+            f"{'absent' if triton is None else triton.__version__}"
         )
     return possible and (impl == "triton" or (impl is None and x.is_cuda))
 
@@ -75,120 +73,206 @@ def which_path(device: torch.device | str) -> str:
     return f"kernels: PyTorch {torch.__version__} on {device} ({why})"
 
 
-def _tile(width: int) -> tuple[int, int, int]:
-    """(rows, columns, warps) of a tile that walks rows of the given width.
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
 
-    Wide rows: 4,096 columns over 8 warps, 16 elements a thread, i.e. two 16-byte loads of bf16 in flight.
-    Narrow rows (V = 10) share a program, up to 64, since a program for 20 bytes is all overhead.
-    """
-    columns = max(16, min(triton.next_power_of_2(width), 4096))
-    return max(1, min(64, 2048 // columns)), columns, 8 if columns >= 2048 else 4
+
+def check_floating(name: str, x: Tensor) -> None:
+    fits = x.is_floating_point() and x.dtype.itemsize >= 2
+    require(fits, f"{name} must be floating point, got {x.dtype}")
+
+
+def check_ids(
+    name: str,
+    ids: Tensor,
+    shape: torch.Size | None,
+    device: torch.device,
+    low: int,
+    size: int,
+    where: Tensor | None = None,
+) -> None:
+    """int32 or int64, of a shape, on a device; on CPU also low <= ids < size (there, if given)."""
+    is_integer = ids.dtype in (torch.int32, torch.int64)
+    require(is_integer, f"{name} must be int32 or int64, got {ids.dtype}")
+    fits = shape is None or ids.shape == shape
+    require(fits, f"{name} must be of shape {shape and [*shape]}, got {[*ids.shape]}")
+    require(ids.device == device, f"{name} must be on {device}, got {ids.device}")
+    if ids.device.type == "cpu" and not torch.compiler.is_compiling():
+        ids = ids if where is None else ids[where]
+        if ids.numel():
+            least, most = (int(x) for x in ids.aminmax())
+            inside = low <= least and most < size
+            require(inside, f"{name} must hold ids in [{low}, {size}), got {least} to {most}")
+
+
+def check_head(head: Tensor, bias: Tensor | None, x: Tensor) -> None:
+    """The output weight [V, D] and its bias [V] or None, of the dtype and device of x [..., D]."""
+    kind = x.dtype, x.device
+    fits = head.ndim == 2 and x.ndim and (head.shape[1], head.dtype, head.device) == (x.shape[-1], *kind)
+    got = f"{[*head.shape]}, {head.dtype} on {head.device}"
+    require(fits, f"head must be [V, D], D, dtype and device as of hidden {[*x.shape]}, {kind}, got {got}")
+    if bias is not None:
+        fits = bias.shape == head.shape[:1] and (bias.dtype, bias.device) == kind
+        got = f"{[*bias.shape]}, {bias.dtype} on {bias.device}"
+        require(fits, f"bias must be [{len(head)}], {x.dtype} on {x.device}, got {got}")
+
+
+def check_decision(
+    name: str, x: Tensor, vocabulary: int, tokens: Tensor, mask_id: int, editable: Tensor | None
+) -> Tensor | None:
+    """The arguments of Eq. 1; x are logits or hidden states.  Returns editable in tokens' shape."""
+    check_floating(name, x)
+    fits = x.ndim >= 1 and vocabulary >= 2
+    require(fits, f"{name} needs a vocabulary of a token and MASK, got {[*x.shape]}")
+    require(0 <= mask_id < vocabulary, f"mask_id must lie in [0, {vocabulary}), got {mask_id}")
+    check_ids("tokens", tokens, x.shape[:-1], x.device, 0, vocabulary)
+    if editable is None:
+        return None
+    fits = (editable.dtype, editable.device) == (torch.bool, x.device)
+    sizes = zip(editable.shape[::-1], tokens.shape[::-1])
+    fits &= editable.ndim <= tokens.ndim and all(size in (1, full) for size, full in sizes)
+    want = f"bool on {x.device} and broadcast to tokens {[*tokens.shape]}"
+    got = f"{[*editable.shape]}, {editable.dtype} on {editable.device}"
+    require(fits, f"editable must be {want}, got {got}")
+    return editable.expand_as(tokens)
+
+
+def check_history(embedding: Tensor, gamma: float, rotate: bool) -> None:
+    """An embedding weight [V, D], gamma in [0, 1], an even D where rotate is on."""
+    check_floating("embedding", embedding)
+    shape = [*embedding.shape]
+    fits = embedding.ndim == 2 and embedding.numel() > 0
+    require(fits, f"embedding must be a weight [V, D], got {shape}")
+    require(0 <= gamma <= 1, f"gamma must lie in [0, 1], got {gamma}")
+    fits = not rotate or shape[1] % 2 == 0
+    require(fits, f"embedding must have an even D to rotate, got {shape}")
 
 
 def _launch(kernel: Callable, grid: tuple[int, ...], x: Tensor, *rest, **meta) -> None:
-    """Runs kernel(x, *rest) on x's device, which need not be the current one; nothing for an empty grid."""
+    """Runs kernel(x, *rest) on x's device, which need not be the current one."""
     if 0 not in grid:
         on_device = x.is_cuda and not torch.compiler.is_compiling()
         with torch.cuda.device(x.device) if on_device else contextlib.nullcontext():
             kernel[grid](x, *rest, **meta)
 
 
-def _rows_of(x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-    """[..., V] as a view [B, N, V], and what kernels need to walk it: N, strides, V.  No copy up to three axes."""
+def _tile(width: int) -> tuple[int, int, int]:
+    """(rows, columns, warps) of a tile that walks rows of the given width.
+
+    Wide rows: 4,096 columns over 8 warps, 16 elements a thread, two 16-byte loads of bf16.
+    Narrow rows (V = 10) share a program, up to 64, since a program for 20 bytes is all overhead.
+    """
+    columns = max(16, min(triton.next_power_of_2(width), 4096))
+    return max(1, min(64, 2048 // columns)), columns, 8 if columns >= 2048 else 4
+
+
+def _walk(x: Tensor) -> tuple[Tensor, tuple[int, ...], int]:
+    """[..., V] as a view [B, N, V], what kernels need to walk it (N, strides, V), and GROUP.
+
+    GROUP: the columns of a 16-byte load where Triton makes such loads, else 1.  No copy up to
+    three axes.  The batch stride of a single sequence, which may be anything, is given as 0.
+    """
     x = x[(None,) * (3 - x.ndim)] if x.ndim <= 3 else x.flatten(0, -3)
-    return x, (x.shape[1], *x.stride(), x.shape[2])
+    batch, length, width = x.shape
+    strides = (x.stride(0) if batch > 1 else 0, x.stride(1), x.stride(2))
+    aligned = all(n % 16 == 0 for n in (*strides[:2], width, x.storage_offset()))
+    group = 16 // x.dtype.itemsize if strides[2] == 1 and aligned else 1
+    return x, (length, *strides, width), group
 
 
-def _wide(x: Tensor) -> Tensor:
-    """At least float32."""
-    return x if x.dtype == torch.float64 else x.float()
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
-
-
-def _check_floating(name: str, x: Tensor) -> None:
-    _require(x.is_floating_point() and x.dtype.itemsize >= 2, f"{name} must be floating point, got {x.dtype}")
-
-
-def _check_head(head: Tensor, x: Tensor) -> None:
-    want, got = f"[V, {x.shape[-1]}], {x.dtype} on {x.device}", f"{[*head.shape]}, {head.dtype} on {head.device}"
-    fits = head.ndim == 2 and (head.shape[1], head.dtype, head.device) == (x.shape[-1], x.dtype, x.device)
-    _require(fits, f"head must be {want} as hidden is, got {got}")
-
-
-def check_ids(
-    name: str, ids: Tensor, shape: torch.Size | None, device: torch.device, low: int, size: int,
-    where: Tensor | None = None,
-) -> None:  # fmt: skip
-    """int32 or int64, of a shape, on a device; on CPU also low <= ids < size (where says at which positions)."""
-    _require(ids.dtype in (torch.int32, torch.int64), f"{name} must be int32 or int64, got {ids.dtype}")
-    _require(shape is None or ids.shape == shape, f"{name} must be of shape {shape and [*shape]}, got {[*ids.shape]}")
-    _require(ids.device == device, f"{name} must be on {device}, got {ids.device}")
-    if ids.device.type == "cpu" and not torch.compiler.is_compiling():
-        ids = ids if where is None else ids[where]
-        if ids.numel():
-            least, most = (int(x) for x in ids.aminmax())
-            _require(low <= least and most < size, f"{name} must hold ids in [{low}, {size}), got {least} to {most}")
-
-
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # 1. decide_from_logits
 #
-# Computes, for every position (Eq. 1):   x != M:  re-mask if logit[M] > logit[x]       (one softmax: p compares alike)
-#                                         x  = M:  best = argmax over V without M, and its log-probability there
+# Computes, for every position (Eq. 1):
+#     x != M:  re-mask if logit[M] > logit[x]       (one softmax: p compares alike)
+#     x  = M:  best = argmax over V without M, and its log-probability there
 #
-# Costs: a visible position needs two logits, a masked one its row.  Bytes = masked * V * itemsize + two sectors of
-# 32 bytes a visible position; some 4 operations and one exponential per element of a masked row, far below the
-# arithmetic ceiling.  Floor = bytes / bandwidth: 25 % of [8192, 126464] bf16 masked is 519 MB, 173 us at 3.0 TB/s,
-# where a float32 softmax over all rows moves over 12 GB.
+# Costs: a visible position needs two logits, a masked one its row.  Bytes = masked * V * itemsize
+# + two sectors of 32 bytes a visible position.  Floor = bytes / bandwidth: 25 % of [8192, 126464]
+# in bf16 is 519 MB, 173 us at 3.0 TB/s, where a float32 softmax of all rows moves over 12 GB.
 #
-# The state of a scan is (top, best, rest): the largest logit, its id, and the sum of exp(logit - top) over the OTHER
-# tokens.  The log-probability of best is -log1p(rest), exact where a float32 probability would round to 1 (gaps
-# beyond 17 nats) and ranks would tie.  Two states merge into one, so rows can be split anywhere.
-
-
-class Decision(NamedTuple):
-    """Eq. 1 at every position, each of tokens' shape.
-
-    best: the revealed token where the position is masked and editable, elsewhere the token itself; tokens' dtype.
-    confidence: best's log-probability among the tokens without MASK there, elsewhere -inf, so that it ranks the
-    reveals as it is; float32, or float64 for float64 inputs.
-    remask: bool, visible and editable positions whose MASK is likelier.  following: the next tokens.
-    """
-
-    best: Tensor
-    confidence: Tensor
-    remask: Tensor
-    following: Tensor
-
-
-def _reveal_(rows: Tensor, mask_id: int) -> tuple[Tensor, Tensor]:
-    """Best token and confidence of logits [R, V], which are overwritten."""
-    rows[:, mask_id] = -torch.inf
-    top, best = rows.max(-1)
-    rest = rows.sub_(top.unsqueeze(-1)).exp_().scatter_(-1, best.unsqueeze(-1), 0).sum(-1)
-    best = best.masked_fill(top == -torch.inf, int(mask_id == 0))  # a row of -inf: the lowest id that is not MASK
-    return best, -torch.log1p(rest)
-
-
-def _decide_from_logits_torch(logits: Tensor, tokens: Tensor, mask_id: int, editable: Tensor | None) -> Decision:
-    masked = tokens == mask_id
-    own = logits.gather(-1, tokens.long().unsqueeze(-1)).squeeze(-1)
-    remask = logits[..., mask_id] > own  # Eq. 1, first line; false at M, where both are one logit
-    if editable is not None:
-        masked, remask = masked & editable, remask & editable
-    best, confidence = _reveal_(_wide(logits[masked]), mask_id)  # Eq. 1, third line
-    best = tokens.masked_scatter(masked, best.to(tokens.dtype))
-    confidence = torch.full_like(own, -torch.inf, dtype=confidence.dtype).masked_scatter_(masked, confidence)
-    return Decision(best, confidence, remask, best.masked_fill(remask, mask_id))
+# The state of a scan is (top, best, rest): the largest logit, its id, and the sum of
+# exp(logit - top) over the OTHER tokens.  The log-probability of best is -log1p(rest), exact where
+# a float32 probability would round to 1 (gaps beyond 17 nats) and ranks would tie.  Two states
+# merge into one, so rows can be split anywhere.
 
 
 @jit
-def _collapse(top, best, rest):  # the states of the columns of a tile [R, C], in any order, into one a row
-    nan = tl.min(tl.where(top != top, best, NO_TOKEN), 1)  # the first NaN wins; max() may drop NaN
+def _halves(x):  # [..., 2] -> the larger (NaN if either is) and the smaller of each pair
+    a, b = tl.split(x)
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL), tl.minimum(a, b)
+
+
+@jit
+def _exp(x):  # tl.exp has three guard instructions more
+    return tl.exp2(x * LOG2_E)
+
+
+@jit
+def _scan(
+    line,
+    wanted,
+    start,
+    end,
+    vocabulary,
+    mask_id,
+    stride,
+    HAS_MASK: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    # The states of columns [start, end) of the rows at the pointers line [ROWS]; rows that are not
+    # wanted load nothing.  Every group of GROUP columns, which one thread loads at once, has a
+    # state of its own, so the loop has no reduction across threads.  Instead of an id a state
+    # keeps the place of its group; _first_in_group finds the id at the end.
+    #
+    # Within a group a tournament of maxima and minima finds the largest; each loser of a pair is
+    # exponentiated once.  On sm_90 that makes 165 instructions for 16 bf16 elements (10 each; 12
+    # in the one tile that holds MASK), 32 registers, two 16-byte loads in flight in each of up to
+    # 2,048 threads.  132 multiprocessors issue 2.9e13 a second, so 5 TB/s of bf16: memory, at
+    # 3 TB/s, is the limit, and what remains to the floor is the start and end of programs.
+    # A load is 16 bytes only if its mask is constant over them: MASK is replaced after it.
+    GROUPS: tl.constexpr = COLUMNS // GROUP
+    top = tl.full([ROWS, GROUPS], -float("inf"), tl.float32)
+    place = tl.full([ROWS, GROUPS], NO_TOKEN, tl.int32)
+    rest = tl.zeros([ROWS, GROUPS], tl.float32)
+    first = (tl.arange(0, GROUPS) * GROUP)[None, :]
+    for begin in range(start, end, COLUMNS):
+        column = begin + tl.arange(0, COLUMNS)[None, :]
+        use = wanted[:, None] & (column < vocabulary)
+        at = line[:, None] + column.to(tl.int64) * stride
+        x = tl.load(at, mask=use, other=-float("inf")).to(tl.float32)
+        if HAS_MASK:
+            if (begin <= mask_id) & (mask_id < begin + COLUMNS):
+                x = tl.where(column == mask_id, -float("inf"), x)
+
+        largest = x
+        if GROUP == 8:
+            largest, lost_1 = _halves(largest.reshape([ROWS, GROUPS, 4, 2]))
+        if GROUP >= 4:
+            largest, lost_2 = _halves(largest.reshape([ROWS, GROUPS, 2, 2]))
+            largest, lost_3 = _halves(largest)
+
+        wins = (largest > top) | ((largest != largest) & (top == top))  # the first NaN wins
+        lost = tl.where(wins, top, largest)
+        top = tl.where(wins, largest, top)
+        place = tl.where(wins, begin + first, place)
+        anchor = tl.where(top == -float("inf"), 0.0, top)  # exp(-inf - 0) is 0, not NaN
+        scale = _exp(lost - anchor)
+        rest = tl.where(wins, rest * scale, rest) + scale
+        if GROUP >= 4:
+            rest += _exp(lost_3 - anchor)
+            rest += tl.sum(_exp(lost_2 - anchor[:, :, None]), 2)
+        if GROUP == 8:
+            rest += tl.sum(_exp(lost_1 - anchor[:, :, None]), 2)
+    return _collapse(top, place, rest)
+
+
+@jit
+def _collapse(top, best, rest):  # states [R, C] with different bests, in any order, into one a row
+    nan = tl.min(tl.where(top != top, best, NO_TOKEN), 1)  # the first NaN wins
     high = tl.max(tl.where(top == top, top, -float("inf")), 1)
     first = tl.min(tl.where(top == high[:, None], best, NO_TOKEN), 1)  # ties: the lowest id
     scale = tl.where(top == -float("inf"), 0.0, tl.exp(top - high[:, None]))
@@ -198,171 +282,285 @@ def _collapse(top, best, rest):  # the states of the columns of a tile [R, C], i
 
 
 @jit
+def _first_in_group(
+    line, wanted, top, place, vocabulary, mask_id, stride, GROUP: tl.constexpr
+):  # the id of the first column of the group at place that holds top, a NaN if top is one
+    column = place[:, None] + tl.arange(0, GROUP)[None, :]
+    use = (wanted & (place < NO_TOKEN))[:, None] & (column < vocabulary) & (column != mask_id)
+    at = line[:, None] + column.to(tl.int64) * stride
+    x = tl.load(at, mask=use, other=-float("inf")).to(tl.float32)
+    holds = (x == top[:, None]) | ((x != x) & (top != top)[:, None])
+    return tl.min(tl.where(use & holds, column, NO_TOKEN), 1)
+
+
+@jit
 def _log_p(top, rest):  # -log1p(rest), the log-probability of best
-    # Below 0.03 a series (relative error 1e-9): log(1 + rest) would lose what makes confidences differ.
+    # Below 0.03 a series (relative error 1e-9): log(1 + rest) would lose what tells ranks apart.
     series = rest * (1.0 - rest * (0.5 - rest * (1.0 / 3.0 - rest * (0.25 - rest * 0.2))))
     log1p = tl.where(rest < 0.03, series, tl.log(1.0 + rest))
-    return tl.where(top > -float("inf"), -log1p, float("nan"))  # NaN for a row of -inf, and for a NaN
+    return tl.where(top > -float("inf"), -log1p, float("nan"))  # NaN: a row of -inf, or a NaN
 
 
 @jit
-def _scan(line, wanted, vocabulary, mask_id, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    # The states of ROWS rows at the pointers line [ROWS].  Every lane keeps a state of its own, so the loop has no
-    # reduction across threads; rows that are not wanted load nothing.
-    top = tl.full([ROWS, COLUMNS], -float("inf"), tl.float32)
-    best = tl.full([ROWS, COLUMNS], NO_TOKEN, tl.int32)
-    rest = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for start in range(0, vocabulary, COLUMNS):
-        column = start + tl.arange(0, COLUMNS)[None, :]
-        use = wanted[:, None] & (column < vocabulary) & (column != mask_id)
-        x = tl.load(line[:, None] + column.to(tl.int64) * stride, mask=use, other=-float("inf")).to(tl.float32)
-        wins = (x > top) | ((x != x) & (top == top))  # the first NaN wins, as in torch
-        low, high = tl.where(wins, top, x), tl.where(wins, x, top)
-        scale = tl.where(low == -float("inf"), 0.0, tl.exp(low - high))  # one exponential an element
-        rest = tl.where(wins, (rest + 1.0) * scale, rest + scale)
-        top, best = high, tl.where(wins, column, best)
-    return _collapse(top, best, rest)
-
-
-@jit
-def _decide_kernel(
-    logits, tokens, editable, best_out, confidence_out, remask_out, following_out,
-    count, length, stride_b, stride_n, stride_v, vocabulary, mask_id,
-    LOCKS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    # Grid: one program per ROWS positions; a program without a masked one reads two logits a position and ends.
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    inside = row < count
+def _positions(
+    rows, tokens, editable, count, INDEXED: tl.constexpr, LOCKS: tl.constexpr, ROWS: tl.constexpr
+):  # index in the list of rows, whether it exists, its position, the token there, may it change
+    index = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    inside = index < count
+    row = index
+    if INDEXED:
+        row = tl.load(rows + index, mask=inside, other=0).to(tl.int64)
     token = tl.load(tokens + row, mask=inside, other=0).to(tl.int32)
     free = inside
     if LOCKS:
         free = inside & (tl.load(editable + row, mask=inside, other=0) != 0)
-    masked = free & (token == mask_id)
-    visible = free & (token != mask_id) & (token >= 0) & (token < vocabulary)
-    line = logits + (row // length) * stride_b + (row % length) * stride_n  # int64: N * V passes 2^31
-    own = tl.load(line + token.to(tl.int64) * stride_v, mask=visible, other=0.0).to(tl.float32)
-    at_mask = tl.load(line + tl.cast(mask_id, tl.int64) * stride_v, mask=visible, other=0.0).to(tl.float32)
-    remask = visible & (at_mask > own)  # Eq. 1, first line
-    best, confidence = token, tl.full([ROWS], -float("inf"), tl.float32)
-    if tl.max(masked.to(tl.int32), 0) > 0:
-        top, first, rest = _scan(line, masked, vocabulary, mask_id, stride_v, ROWS, COLUMNS)
-        first = tl.where(top == -float("inf"), tl.where(mask_id == 0, 1, 0), first)
-        best = tl.where(masked, first, token)  # Eq. 1, third line
-        confidence = tl.where(masked, _log_p(top, rest), confidence)
-    tl.store(best_out + row, best, mask=inside)
-    tl.store(confidence_out + row, confidence, mask=inside)
+    return index, inside, row, token, free
+
+
+@jit
+def _store_reveal(row, masked, top, best, rest, mask_id, best_out, confidence_out, following_out):
+    best = tl.where(top == -float("inf"), tl.where(mask_id == 0, 1, 0), best)
+    tl.store(best_out + row, best, mask=masked)
+    tl.store(confidence_out + row, _log_p(top, rest), mask=masked)
+    tl.store(following_out + row, best, mask=masked)  # Eq. 1, third line
+
+
+@jit
+def _store_visible(
+    row, inside, masked, token, remask, mask_id, best_out, confidence_out, remask_out, following_out
+):
     tl.store(remask_out + row, remask, mask=inside)
-    tl.store(following_out + row, tl.where(remask, mask_id, best), mask=inside)
+    tl.store(best_out + row, token, mask=inside & ~masked)
+    tl.store(confidence_out + row, -float("inf"), mask=inside & ~masked)
+    tl.store(following_out + row, tl.where(remask, mask_id, token), mask=inside & ~masked)
 
 
-def _decide_from_logits_triton(logits: Tensor, tokens: Tensor, mask_id: int, editable: Tensor | None) -> Decision:
-    (rows, walk), (tile, columns, warps) = _rows_of(logits), _tile(logits.shape[-1])
-    dtypes = (tokens.dtype, torch.float32, torch.bool, tokens.dtype)
-    decision = Decision(*(torch.empty(tokens.shape, dtype=dtype, device=tokens.device) for dtype in dtypes))
+@jit(do_not_specialize=["count", "length"])
+def _decide_kernel(
+    logits, rows, tokens, editable,
+    best_out, confidence_out, remask_out, following_out,
+    top_out, state_out, rest_out,
+    count, length, stride_b, stride_n, stride_v, vocabulary, share, mask_id,
+    INDEXED: tl.constexpr, VISIBLE: tl.constexpr, LOCKS: tl.constexpr, SPLIT: tl.constexpr,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    # Grid: (ROWS positions, parts of a row): a program without a masked position reads two logits
+    # a position and ends.  INDEXED: logits are those of the positions in rows.  VISIBLE: visible
+    # positions too.  SPLIT: each part, of share columns, leaves a state for _merge_kernel.
+    index, inside, row, token, free = _positions(
+        rows, tokens, editable, count, INDEXED, LOCKS, ROWS
+    )
+    masked = free & (token == mask_id)
+    line = logits + (index // length) * stride_b + (index % length) * stride_n  # int64
+    part = tl.program_id(1)
+    if VISIBLE:
+        if part == 0:
+            visible = free & (token != mask_id) & (token >= 0) & (token < vocabulary)
+            own = tl.load(line + token.to(tl.int64) * stride_v, mask=visible, other=0.0)
+            at_mask = tl.load(
+                line + tl.cast(mask_id, tl.int64) * stride_v, mask=visible, other=0.0
+            )
+            remask = visible & (at_mask.to(tl.float32) > own.to(tl.float32))  # Eq. 1, first line
+            _store_visible(
+                row, inside, masked, token, remask, mask_id,
+                best_out, confidence_out, remask_out, following_out,
+            )  # fmt: skip
+    if tl.max(masked.to(tl.int32), 0) > 0:
+        start = 0
+        end = vocabulary
+        if SPLIT:
+            start = part * share
+            end = tl.minimum(vocabulary, start + share)
+        top, best, rest = _scan(
+            line, masked, start, end, vocabulary, mask_id, stride_v, True, GROUP, ROWS, COLUMNS
+        )
+        if GROUP > 1:
+            best = _first_in_group(line, masked, top, best, vocabulary, mask_id, stride_v, GROUP)
+        if SPLIT:
+            at = index * tl.num_programs(1) + part
+            tl.store(top_out + at, top, mask=masked)
+            tl.store(state_out + at, best, mask=masked)
+            tl.store(rest_out + at, rest, mask=masked)
+        else:
+            _store_reveal(
+                row, masked, top, best, rest, mask_id, best_out, confidence_out, following_out
+            )
+
+
+@jit(do_not_specialize=["count", "chunks"])
+def _merge_kernel(
+    top_in, best_in, rest_in, rows, tokens, editable,
+    best_out, confidence_out, following_out,
+    count, chunks, mask_id,
+    INDEXED: tl.constexpr, LOCKS: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr,
+):  # fmt: skip
+    # Grid: one program per ROWS rows: merges the states of a row, always in the same order.
+    index, inside, row, token, free = _positions(
+        rows, tokens, editable, count, INDEXED, LOCKS, ROWS
+    )
+    masked = free & (token == mask_id)
+    chunk = tl.arange(0, CHUNKS)[None, :]
+    at = index[:, None] * chunks + chunk
+    use = masked[:, None] & (chunk < chunks)
+    top = tl.load(top_in + at, mask=use, other=-float("inf"))
+    best = tl.load(best_in + at, mask=use, other=NO_TOKEN)
+    rest = tl.load(rest_in + at, mask=use, other=0.0)
+    top, best, rest = _collapse(top, best, rest)
+    _store_reveal(row, masked, top, best, rest, mask_id, best_out, confidence_out, following_out)
+
+
+def _merge(states, rows, tokens, editable, mask_id, decision) -> None:
+    """Writes the reveals of masked positions from states of [count, chunks]."""
+    count, chunks = states[0].shape
+    best, confidence, _, following = decision
+    merged = triton.next_power_of_2(chunks)
+    tile = max(1, 64 // merged)
     _launch(
-        _decide_kernel, (triton.cdiv(tokens.numel(), tile),), rows, tokens.contiguous(),
-        tokens if editable is None else editable.contiguous(), *decision, tokens.numel(), *walk, mask_id,
-        LOCKS=editable is not None, ROWS=tile, COLUMNS=columns, num_warps=warps,
+        _merge_kernel, (triton.cdiv(count, tile),),
+        *states, tokens if rows is None else rows, tokens,
+        tokens if editable is None else editable, best, confidence, following,
+        count, chunks, mask_id,
+        INDEXED=rows is not None, LOCKS=editable is not None, ROWS=tile, CHUNKS=merged,
+        num_warps=1 if merged <= 128 else 4,
     )  # fmt: skip
-    return decision
 
 
-def _check_decide(name: str, x: Tensor, vocabulary: int, tokens: Tensor, mask_id: int, editable: Tensor | None):
-    _check_floating(name, x)
-    _require(x.ndim >= 1 and vocabulary >= 2, f"{name} needs a vocabulary of a token and MASK, got {[*x.shape]}")
-    _require(0 <= mask_id < vocabulary, f"mask_id must lie in [0, {vocabulary}), got {mask_id}")
-    check_ids("tokens", tokens, x.shape[:-1], x.device, 0, vocabulary)
-    if editable is None:
-        return None
-    fits = (editable.dtype, editable.device) == (torch.bool, x.device)
-    sizes = zip(editable.shape[::-1], tokens.shape[::-1])
-    fits &= editable.ndim <= tokens.ndim and all(size in (1, full) for size, full in sizes)
-    got = f"{[*editable.shape]}, {editable.dtype} on {editable.device}"
-    _require(fits, f"editable must be bool on {x.device} and broadcast to tokens {[*tokens.shape]}, got {got}")
-    return editable.expand_as(tokens)
+def _new_states(count: int, chunks: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    top, rest = torch.empty(2, count, chunks, dtype=torch.float32, device=device)
+    return top, torch.empty(count, chunks, dtype=torch.int32, device=device), rest
+
+
+def _decide_rows(logits, rows, tokens, editable, mask_id, decision, visible) -> None:
+    """Eq. 1 into decision, where logits [..., V] are those of all positions or of rows alone."""
+    x, walk, group = _walk(logits)
+    vocabulary = walk[-1]
+    tile, columns, warps = _tile(vocabulary)
+    count = x.shape[0] * x.shape[1]
+    programs = triton.cdiv(count, tile)
+
+    # One program streams about 7 GB/s: a row of V = 126464 takes it 36 us.  Where there are too
+    # few rows to fill a GPU, several programs share a row, two tiles or more each.
+    parts = max(1, min(4096 // max(1, programs), vocabulary // (2 * columns)))
+    share = triton.cdiv(triton.cdiv(vocabulary, parts), columns) * columns
+    parts = triton.cdiv(vocabulary, share)
+    states = decision[:3]  # what is not given is never touched: any pointer will do
+    if parts > 1:
+        states = _new_states(count, parts, x.device)
+
+    _launch(
+        _decide_kernel, (programs, parts),
+        x, tokens if rows is None else rows, tokens, tokens if editable is None else editable,
+        *decision, *states, count, *walk, share, mask_id,
+        INDEXED=rows is not None, VISIBLE=visible, LOCKS=editable is not None, SPLIT=parts > 1,
+        GROUP=group, ROWS=tile, COLUMNS=columns, num_warps=warps,
+    )  # fmt: skip
+    if parts > 1:
+        _merge(states, rows, tokens, editable, mask_id, decision)
+
+
+def _new_decision(tokens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtypes = tokens.dtype, torch.float32, torch.bool, tokens.dtype
+    return tuple(torch.empty(tokens.shape, dtype=d, device=tokens.device) for d in dtypes)
 
 
 @torch.no_grad()
 def decide_from_logits(
-    logits: Tensor, tokens: Tensor, mask_id: int, editable: Tensor | None = None, impl: str | None = None
-) -> Decision:
+    logits: Tensor, tokens: Tensor, mask_id: int, editable: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Eq. 1 at every position, from logits: keep, re-mask, or reveal with a confidence to rank by.
 
-    logits: float [..., V], any strides.  tokens: int32 or int64 [...].  editable: bool, broadcastable to tokens;
-    elsewhere the token stays.  Returns a Decision; no gradient.
-    Ties go to the lowest id.  logit[M] = logit[x] keeps.  NaN: a NaN at x or M never re-masks (comparisons are
-    false); at a masked position the first NaN among the tokens is the best, with confidence NaN, as in torch's
-    argmax and softmax.  Two or more +inf, or a row of -inf, have confidence NaN; the latter reveals the lowest
-    id.  MASK is never revealed, and its logit is not read at masked positions.
-    Raises ValueError for wrong shapes, dtypes or devices, a mask_id outside [0, V), on CPU ids outside [0, V).
+    logits: float [..., V], any strides.  tokens: int32 or int64 [...].  editable: bool,
+    broadcastable to tokens; elsewhere the token stays.
+    Returns, each of tokens' shape, without gradient,
+      best        the revealed token where masked and editable, elsewhere the token; tokens' dtype
+      confidence  there best's log-probability among the tokens without MASK, elsewhere -inf, so
+                  that it ranks the reveals as it is; float32
+      remask      bool: visible and editable, and MASK is likelier
+      following   the next tokens
+    Ties go to the lowest id.  logit[M] = logit[x] keeps.  NaN: at x or M it never re-masks
+    (comparisons are false); at a masked position the first NaN among the tokens is the best, with
+    confidence NaN, as in torch's argmax and softmax.  Two or more +inf, or a row of -inf, have
+    confidence NaN; the latter reveals the lowest id.  MASK is never revealed, and its logit does
+    not count at masked positions.
     """
-    editable = _check_decide("logits", logits, logits.shape[-1] if logits.ndim else 0, tokens, mask_id, editable)
-    run = _decide_from_logits_triton if use_triton(impl, logits) else _decide_from_logits_torch
-    return run(logits, tokens, mask_id, editable)
+    vocabulary = logits.shape[-1] if logits.ndim else 0
+    editable = check_decision("logits", logits, vocabulary, tokens, mask_id, editable)
+    use_triton("triton", logits)
+    decision = _new_decision(tokens)
+    if editable is not None:
+        editable = editable.contiguous()
+    _decide_rows(logits, None, tokens.contiguous(), editable, mask_id, decision, visible=True)
+    return decision
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # 2. decide_from_hidden
 #
-# Computes the same decision from hidden states h [N, D] and the head W [V, D], logit[v] = h . W[v].
+# Computes the same decision from hidden states h [N, D], the head W [V, D] and its bias b [V]:
+# logit[v] = h . W[v] + b[v].
 #
-# Costs: a visible position the dot product h . (W[M] - W[x]), 2 D values read (W[M] stays in cache); a masked one
-# 2 V D operations.  Floor: max(2 masked V D / matrix rate, (V D + N D + visible D) itemsize / bandwidth).  At
-# [8192, 4096] with V = 126464 and 25 % masked: 2.12 TFLOP, 2.7 ms at 790 TFLOP/s, four times less than all logits.
-# Under some 263 masked rows reading W is the floor: 345 us.
+# Costs: a visible position the product h . (W[M] - W[x]), 2 D values read (W[M] stays in cache); a
+# masked one 2 V D operations.  Floor: max(2 masked V D / matrix rate,
+# (V D + N D + visible D) itemsize / bandwidth).  At [8192, 4096] with V = 126464 and 25 % masked:
+# 2.12 TFLOP, 2.7 ms at 790 TFLOP/s, four times less than all logits.  Under some 263 masked rows
+# reading W is the floor: 345 us.
 #
-# So the visible rows get their product, and the masked ones are gathered.  Few of them: one fused kernel, whose
-# programs share the vocabulary out and leave a state (top, best, rest) each; a second kernel merges them in order.
-# Many: the library's matrix product into a bounded workspace, a block of rows at a time, then operation 1.  From 263
-# rows on the product hides reading W again for each block.
+# So the visible rows get their product, and the masked ones are gathered.  Few of them: one fused
+# kernel, whose programs share the vocabulary out and leave a state (top, best, rest) each, merged
+# in order.  Many: the library's matrix product, a block of rows at a time, then operation 1.
+# The fused kernel reads tiles of W and of h through L2: 64 x 128 tiles make 43 operations a byte,
+# 0.24 PFLOP/s at 5.5 TB/s, and W once a row tile.  One row tile (64 rows) hides behind reading W
+# from memory; four (256 rows) move 6.1 GB, 1.1 ms, where the library takes 0.5.
 
-FUSED_ROWS = 256  # masked rows up to which reading W dominates, so that a plain tl.dot loop is enough
-DENSE_VOCABULARY = 1024  # with so few columns all rows are multiplied, and nothing waits for a row count
-
-
-def _block_rows(x: Tensor, vocabulary: int) -> int:
-    """Rows of logits at a time: 256 MiB on a GPU (1,061 rows of V = 126464 in bf16), 32 MiB on CPU, about its cache."""
-    return max(FUSED_ROWS, (2**28 if x.is_cuda else 2**25) // (vocabulary * x.dtype.itemsize))
+FUSED_ROWS = 64  # one row tile; beyond, the library's product is faster
+DENSE_VOCABULARY = 1024  # so few columns: multiply all rows, and do not wait for a row count
 
 
-def _remask_torch(hidden: Tensor, head: Tensor, tokens: Tensor, mask_id: int, visible: Tensor) -> Tensor:
-    remask = torch.zeros_like(visible)
-    for rows in visible.nonzero().squeeze(1).split(1024):
-        apart = _wide(head[mask_id]) - _wide(head[tokens[rows]])  # equal rows of the head tie, whatever the rounding
-        remask[rows] = (_wide(hidden[rows]) * apart).sum(-1) > 0  # Eq. 1, first line: logit[M] > logit[x]
-    return remask
-
-
-@jit
+@jit(do_not_specialize=["count"])
 def _remask_kernel(
-    hidden, head, tokens, visible, out, count, width, vocabulary, mask_id, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):
-    # Grid: one program per ROWS positions; those that are not visible load nothing.
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    inside = row < count
-    token = tl.load(tokens + row, mask=inside, other=0).to(tl.int64)
-    use_row = (tl.load(visible + row, mask=inside, other=0) != 0) & (token >= 0) & (token < vocabulary)
+    hidden, head, bias, tokens, editable,
+    best_out, confidence_out, remask_out, following_out,
+    count, width, vocabulary, mask_id,
+    BIAS: tl.constexpr, LOCKS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    # Grid: one program per ROWS positions; those that are not visible load nothing.  The
+    # difference of two rows of the head: equal rows tie, whatever the rounding.
+    _, inside, row, token, free = _positions(tokens, tokens, editable, count, False, LOCKS, ROWS)
+    token = token.to(tl.int64)
+    use_row = free & (token != mask_id) & (token >= 0) & (token < vocabulary)
+    mask_row = tl.cast(mask_id, tl.int64)
     apart = tl.zeros([ROWS, COLUMNS], tl.float32)
     for start in range(0, width, COLUMNS):
         column = start + tl.arange(0, COLUMNS)[None, :]
         use = use_row[:, None] & (column < width)
-        h = tl.load(hidden + row[:, None] * width + column, mask=use, other=0.0).to(tl.float32)
-        x = tl.load(head + token[:, None] * width + column, mask=use, other=0.0).to(tl.float32)
-        m = tl.load(head + tl.cast(mask_id, tl.int64) * width + column, mask=column < width, other=0.0).to(tl.float32)
-        apart += h * (m - x)
-    tl.store(out + row, use_row & (tl.sum(apart, 1) > 0.0), mask=inside)  # Eq. 1, first line
+        h = tl.load(hidden + row[:, None] * width + column, mask=use, other=0.0)
+        x = tl.load(head + token[:, None] * width + column, mask=use, other=0.0)
+        m = tl.load(head + mask_row * width + column, mask=column < width, other=0.0)
+        apart += h.to(tl.float32) * (m.to(tl.float32) - x.to(tl.float32))
+    gap = tl.sum(apart, 1)
+    if BIAS:
+        own = tl.load(bias + token, mask=use_row, other=0.0).to(tl.float32)
+        gap += tl.load(bias + mask_row).to(tl.float32) - own
+    remask = use_row & (gap > 0.0)  # Eq. 1, first line
+    nothing = row < 0  # masked positions too: their reveals come later
+    _store_visible(
+        row, inside, nothing, token, remask, mask_id,
+        best_out, confidence_out, remask_out, following_out,
+    )  # fmt: skip
 
 
-@jit
+@jit(do_not_specialize=["count"])
 def _fused_head_kernel(
-    hidden, head, rows, masked, top_out, best_out, rest_out, count, width, vocabulary, mask_id,
-    UPCAST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
+    hidden, head, bias, rows, tokens, editable,
+    top_out, best_out, rest_out,
+    count, width, vocabulary, mask_id,
+    BIAS: tl.constexpr, LOCKS: tl.constexpr, UPCAST: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
-    # Grid: (row tiles, column tiles); row tiles vary fastest, so those that share columns of the head run together
-    # and read them from the cache.  A tile without a masked row does nothing.
-    index = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    row = tl.load(rows + index, mask=index < count, other=0).to(tl.int64)
-    wanted = tl.load(masked + row, mask=index < count, other=0) != 0
+    # Grid: (row tiles, column tiles); row tiles vary fastest, so those that share columns of the
+    # head run together and read them from the cache.  A tile without a masked row does nothing.
+    index, _, row, token, free = _positions(rows, tokens, editable, count, True, LOCKS, ROWS)
+    wanted = free & (token == mask_id)
     if tl.max(wanted.to(tl.int32), 0) > 0:
         column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
         logits = tl.zeros([ROWS, COLUMNS], tl.float32)
@@ -378,7 +576,10 @@ def _fused_head_kernel(
             )  # fmt: skip
             if UPCAST:  # the interpreter multiplies bf16 as bit patterns
                 h, w = h.to(tl.float32), w.to(tl.float32)
-            logits = tl.dot(h, w, logits, input_precision="ieee")  # float32 stays float32: decisions hang on it
+            logits = tl.dot(h, w, logits, input_precision="ieee")  # decisions hang on float32
+        if BIAS:
+            b = tl.load(bias + column, mask=column < vocabulary, other=0.0)
+            logits += b.to(tl.float32)[None, :]
         ids = column[None, :] + tl.zeros([ROWS, COLUMNS], tl.int32)
         logits = tl.where((ids < vocabulary) & (ids != mask_id), logits, -float("inf"))
         top, best, rest = _collapse(logits, ids, tl.zeros([ROWS, COLUMNS], tl.float32))
@@ -388,174 +589,142 @@ def _fused_head_kernel(
         tl.store(rest_out + at, rest, mask=wanted)
 
 
-@jit
-def _reveal_kernel(
-    rows, masked, top_in, best_in, rest_in, best_out, confidence_out, count, chunks, mask_id,
-    ROWS: tl.constexpr, CHUNKS: tl.constexpr,
-):  # fmt: skip
-    # Grid: one program per ROWS rows: merges the states of a row and writes its reveal (Eq. 1, third line).
-    index = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    row = tl.load(rows + index, mask=index < count, other=0).to(tl.int64)
-    wanted = tl.load(masked + row, mask=index < count, other=0) != 0
-    chunk = tl.arange(0, CHUNKS)[None, :]
-    at, use = index[:, None] * chunks + chunk, wanted[:, None] & (chunk < chunks)
-    top = tl.load(top_in + at, mask=use, other=-float("inf"))
-    best = tl.load(best_in + at, mask=use, other=NO_TOKEN)
-    rest = tl.load(rest_in + at, mask=use, other=0.0)
-    top, best, rest = _collapse(top, best, rest)
-    best = tl.where(top == -float("inf"), tl.where(mask_id == 0, 1, 0), best)
-    tl.store(best_out + row, best, mask=wanted)
-    tl.store(confidence_out + row, _log_p(top, rest), mask=wanted)
-
-
-def _remask_triton(hidden: Tensor, head: Tensor, tokens: Tensor, mask_id: int, visible: Tensor) -> Tensor:
-    remask, (count, width), (tile, columns, warps) = torch.empty_like(visible), hidden.shape, _tile(hidden.shape[1])
-    _launch(
-        _remask_kernel, (triton.cdiv(count, tile),), hidden, head, tokens, visible, remask,
-        count, width, len(head), mask_id, ROWS=tile, COLUMNS=columns, num_warps=warps,
-    )  # fmt: skip
-    return remask
-
-
-def _reveal_fused(
-    hidden: Tensor, head: Tensor, rows: Tensor, masked: Tensor, mask_id: int, best: Tensor, confidence: Tensor
-) -> None:
-    """Writes best and confidence at those of the rows that are masked."""
+def _reveal_fused(hidden, head, bias, rows, tokens, editable, mask_id, decision) -> None:
+    """Writes the reveals of those of the rows that are masked."""
     (vocabulary, width), count = head.shape, len(rows)
-    # 64 x 128 pieces of the head: 16 KB of bf16 a stage, three stages in flight; tl.dot wants 16 rows at least.
-    tile = 16 if count <= 16 else 32 if count <= 32 else 64
+    # 64 x 128 pieces of the head: 16 KB of bf16 a stage, three in flight.  tl.dot wants 16 rows at
+    # least; more than 32 of float32 spill on sm_90 and become tf32 on sm_100.
+    tile = 16 if count <= 16 else 32
+    if count > 32 and hidden.dtype.itemsize == 2:
+        tile = 64
     columns = max(16, min(128, triton.next_power_of_2(vocabulary)))
-    chunks = triton.cdiv(vocabulary, columns)  # V = 126464 makes 988 programs a row tile, for 132 multiprocessors
-    top, rest = torch.empty(2, count, chunks, dtype=torch.float32, device=head.device)
-    ids = torch.empty(count, chunks, dtype=torch.int32, device=head.device)
+    chunks = triton.cdiv(vocabulary, columns)  # V = 126464: 988 programs for 132 multiprocessors
+    states = _new_states(count, chunks, head.device)
     _launch(
-        _fused_head_kernel, (triton.cdiv(count, tile), chunks), hidden, head, rows, masked, top, ids, rest,
-        count, width, vocabulary, mask_id, UPCAST=INTERPRETED, ROWS=tile, COLUMNS=columns,
-        INNER=64 if hidden.dtype.itemsize == 2 else 32, num_warps=4, num_stages=3,
+        _fused_head_kernel, (triton.cdiv(count, tile), chunks),
+        hidden, head, head if bias is None else bias, rows, tokens,
+        tokens if editable is None else editable, *states,
+        count, width, vocabulary, mask_id,
+        BIAS=bias is not None, LOCKS=editable is not None, UPCAST=INTERPRETED,
+        ROWS=tile, COLUMNS=columns, INNER=64 if hidden.dtype.itemsize == 2 else 32,
+        num_warps=4, num_stages=3,
     )  # fmt: skip
-    merged = triton.next_power_of_2(chunks)
-    tile = max(1, 64 // merged)
-    _launch(
-        _reveal_kernel, (triton.cdiv(count, tile),), rows, masked, top, ids, rest, best, confidence,
-        count, chunks, mask_id, ROWS=tile, CHUNKS=merged, num_warps=1 if merged <= 128 else 4,
-    )  # fmt: skip
+    _merge(states, rows, tokens, editable, mask_id, decision)
 
 
-def _decide_from_hidden(
-    hidden: Tensor, head: Tensor, tokens: Tensor, mask_id: int, editable: Tensor | None, max_masked: int | None,
-    kernels: bool,
-) -> Decision:  # fmt: skip
-    (vocabulary, width), shape = head.shape, tokens.shape
-    hidden, tokens = hidden.reshape(tokens.numel(), width), tokens.reshape(-1)
-    if kernels:
-        hidden, head = hidden.contiguous(), head.contiguous()
-    masked, visible = tokens == mask_id, tokens != mask_id
-    if editable is not None:
-        masked, visible = masked & editable.reshape(-1), visible & editable.reshape(-1)
-    remask = (_remask_triton if kernels else _remask_torch)(hidden, head, tokens, mask_id, visible)
-    best, confidence = tokens.clone(), torch.full_like(tokens, -torch.inf, dtype=_wide(hidden[:0]).dtype)
-    size = _block_rows(hidden, vocabulary)
-    if kernels and vocabulary <= DENSE_VOCABULARY:
-        blocks = [slice(at, at + size) for at in range(0, len(tokens), size)]
-    else:
-        if kernels and max_masked is not None:  # the masked rows first: a size known without asking the device
-            rows = (~masked).to(torch.uint8).argsort(stable=True)[:max_masked]
-        else:
-            rows = masked.nonzero().squeeze(1)  # waits for the device
-        blocks = rows.split(size)
-        if kernels and len(rows) <= FUSED_ROWS:
-            _reveal_fused(hidden, head, rows, masked, mask_id, best, confidence)
-            blocks = []
-    for block in blocks:
-        logits = hidden[block] @ head.T  # in the inputs' dtype, rounded as a model's own logits are
-        if kernels:
-            part = _decide_from_logits_triton(logits, tokens[block], mask_id, masked[block])
-            best[block], confidence[block] = part.best, part.confidence
-        else:  # here every row is masked
-            revealed, confidence[block] = _reveal_(_wide(logits), mask_id)
-            best[block] = revealed.to(best.dtype)
-    return Decision(*(x.view(shape) for x in (best, confidence, remask, best.masked_fill(remask, mask_id))))
+def _block_rows(row_bytes: int) -> int:
+    """Rows of logits at a time: as many as WORKSPACE holds, in the products' tiles of 256 rows."""
+    return max(256, WORKSPACE // row_bytes // 256 * 256)
 
 
 @torch.no_grad()
 def decide_from_hidden(
-    hidden: Tensor, head: Tensor, tokens: Tensor, mask_id: int, editable: Tensor | None = None,
-    impl: str | None = None, max_masked: int | None = None,
-) -> Decision:  # fmt: skip
-    """Eq. 1 from hidden states; logits = hidden @ head.T are formed at masked positions only, a block at a time.
+    hidden: Tensor,
+    head: Tensor,
+    tokens: Tensor,
+    mask_id: int,
+    editable: Tensor | None = None,
+    bias: Tensor | None = None,
+    max_masked: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Eq. 1 from hidden states; logits, hidden @ head.T + bias, are formed at masked positions only.
 
-    hidden: float [..., D].  head: the output weight [V, D], same dtype and device.  tokens, mask_id, editable and
-    the Decision returned: as for decide_from_logits, NaN and ties too.  No gradient.
-    Workspace: at most 256 MiB of logits on a GPU, 32 MiB on CPU, or 256 rows where that is more.
-    max_masked: a promise that no more than so many positions are masked and editable; without it the row count is
-    asked of the device once (for V > 1,024), which a CUDA graph cannot hold.  Further rows stay masked.
-    Raises ValueError for wrong shapes, dtypes or devices, a mask_id outside [0, V), on CPU ids outside [0, V) and
-    more masked positions than max_masked.
+    hidden: float [..., D].  head: the output weight [V, D], bias: [V]; same dtype and device.
+    tokens, mask_id, editable and what is returned: as in decide_from_logits, NaN and ties too.
+    Workspace: 256 MiB of logits, or 256 rows where that is more.
+    max_masked: a promise that no more than so many positions are masked and editable; further ones
+    stay masked (on CPU they are a ValueError).  Without it and for V > 1,024 the row count is asked
+    of the device once: a CUDA graph and torch.compile(fullgraph=True) then refuse.
     """
-    editable = _check_decide("hidden", hidden, len(head), tokens, mask_id, editable)
-    _check_head(head, hidden)
-    if max_masked is not None and tokens.device.type == "cpu" and not torch.compiler.is_compiling():
-        masked = int(((tokens == mask_id) & (True if editable is None else editable)).sum())
-        _require(masked <= max_masked, f"max_masked is {max_masked}, but {masked} editable positions are masked")
+    editable = check_decision("hidden", hidden, len(head), tokens, mask_id, editable)
+    check_head(head, bias, hidden)
+    use_triton("triton", hidden)
+    shape, (vocabulary, width) = tokens.shape, head.shape
+    hidden = hidden.reshape(tokens.numel(), width).contiguous()
+    head, tokens = head.contiguous(), tokens.reshape(-1).contiguous()
+    bias = None if bias is None else bias.contiguous()
+    masked = tokens == mask_id
+    if editable is not None:
+        editable = editable.reshape(-1).contiguous()
+        masked = masked & editable
+    if max_masked is not None and tokens.device.type == "cpu":
+        found = int(masked.sum())
+        message = f"max_masked is {max_masked}, but {found} editable positions are masked"
+        require(found <= max_masked, message)
+
+    decision = _new_decision(tokens)
+    tile, columns, warps = _tile(width)
+    _launch(
+        _remask_kernel, (triton.cdiv(len(tokens), tile),),
+        hidden, head, head if bias is None else bias, tokens,
+        tokens if editable is None else editable, *decision,
+        len(tokens), width, vocabulary, mask_id,
+        BIAS=bias is not None, LOCKS=editable is not None,
+        ROWS=tile, COLUMNS=columns, num_warps=warps,
+    )  # fmt: skip
+
+    size = _block_rows(vocabulary * hidden.dtype.itemsize)
     with torch.autocast(hidden.device.type, enabled=False):
-        return _decide_from_hidden(hidden, head, tokens, mask_id, editable, max_masked, use_triton(impl, hidden))
+        if vocabulary <= DENSE_VOCABULARY and len(tokens) <= size:
+            logits = F.linear(hidden, head, bias)
+            _decide_rows(logits, None, tokens, editable, mask_id, decision, visible=False)
+        else:
+            if max_masked is None:
+                rows = masked.nonzero().squeeze(1)  # waits for the device
+            else:  # the masked rows first: a size known without asking the device
+                rows = (~masked).to(torch.uint8).argsort(stable=True)[:max_masked]
+            if len(rows) <= FUSED_ROWS:
+                _reveal_fused(hidden, head, bias, rows, tokens, editable, mask_id, decision)
+                rows = rows[:0]
+            for block in rows.split(size):
+                logits = F.linear(hidden[block], head, bias)  # rounded as a model's own logits
+                _decide_rows(logits, block, tokens, editable, mask_id, decision, visible=False)
+    return tuple(x.view(shape) for x in decision)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # 3. history_step and history_sum
 #
-# Computes Eq. 2.  The step:  a(t) = wte(x(t)) + gamma R_(-1) a(t-1), and the RMSNorm of a(t) that the model reads.
-# The closed sum:  a(t) = sum_{k=0..t} gamma^(t-k) R_(k-t) wte(x(k)), by the same recurrence kept in registers.
-# R_delta turns the pair (j, j + D/2) by delta * 10000^(-2j/D); R_(-1) takes (u, v) to (u c + v s, v c - u s).
+# Computes Eq. 2.  The step:  a(t) = wte(x(t)) + gamma R_(-1) a(t-1), and the RMSNorm of a(t) that
+# the model reads.  The closed sum:  a(t) = sum_{k=0..t} gamma^(t-k) R_(k-t) wte(x(k)), by the same
+# recurrence kept in registers.
+# R_delta turns the pair (j, j + D/2) by delta * 10000^(-2j/D); R_(-1) takes (u, v) to
+# (u c + v s, v c - u s).
 #
-# Costs: the step reads a(t-1) and one embedding row a position, and writes a(t) and its norm: 4 N D values.  Floor at
-# N = 8192, D = 4096, bf16 with a in float32: 134 us.  The sum reads t + 1 embedding rows and writes one.
-# Re-embedding t states every turn moves about t times as much.  Arithmetic is negligible in both.
+# Costs: the step reads a(t-1) and one embedding row a position, and writes a(t) and its norm: 4 N D
+# values.  Floor at N = 8192, D = 4096, bf16 with a in float32: 134 us.  The sum reads t + 1
+# embedding rows and writes one.  Re-embedding t states every turn moves about t times as much.
+# Arithmetic is negligible in both.
 # Gradient of the sum:  d wte(x(k)) += gamma^(t-k) R_(t-k) da: a scatter of t + 1 rows a position.
 
-
-@functools.lru_cache(maxsize=16)
-def _angles(width: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin of R_1's angles, [D/2] each; once per width."""
-    with torch.inference_mode(False):  # a table made in inference mode could not take part in training later
-        frequency = 10000.0 ** (-torch.arange(0, width, 2, dtype=torch.float64, device=device) / width)
-        return frequency.cos().to(dtype), frequency.sin().to(dtype)
+_ANGLES: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
 
 
-def _turned_back(a: Tensor, gamma: float, rotate: bool) -> Tensor:
-    """gamma R_(-1) a."""
-    if not rotate:
-        return gamma * a
-    cos, sin = _angles(a.shape[-1], a.device, a.dtype)
-    u, v = a.chunk(2, -1)
-    cos, sin = gamma * cos, gamma * sin  # decay and turn in one pass over a
-    return torch.cat([torch.addcmul(u * cos, v, sin), torch.addcmul(v * cos, u, sin, value=-1)], -1)
+def _angles(width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos and sin of R_1's angles, float32 [D/2] each; kept, once they are real numbers.
+
+    A tracer's fake tensors and the memory of a CUDA graph under capture must not outlive them.
+    """
+    probe = torch.empty(0, device=device)
+    if torch.compiler.is_compiling() or type(probe) is not Tensor:
+        return _new_angles(width, device)
+    if (width, device) not in _ANGLES:
+        with torch.inference_mode(False):  # else the table could not take part in training later
+            table = _new_angles(width, device)
+        if probe.is_cuda and torch.cuda.is_current_stream_capturing():
+            return table
+        _ANGLES[width, device] = table
+    return _ANGLES[width, device]
 
 
-def rms_norm(a: Tensor) -> Tensor:
-    """RMSNorm without learned weight over the last axis."""
-    return F.rms_norm(a, a.shape[-1:], eps=1e-6)
-
-
-def _history_step_torch(
-    a: Tensor | None, tokens: Tensor, embedding: Tensor, gamma: float, rotate: bool, normalize: bool
-) -> tuple[Tensor, Tensor]:
-    new = _wide(F.embedding(tokens, embedding))
-    if a is not None:
-        new = new + _turned_back(a, gamma, rotate)  # Eq. 2, the recurrence
-    return new, (rms_norm(new) if normalize else new.clone()).to(embedding.dtype)
-
-
-def _history_sum_torch(states: Tensor, embedding: Tensor, gamma: float, rotate: bool, normalize: bool) -> Tensor:
-    total = None
-    for state in states:
-        new = _wide(F.embedding(state.clamp(min=0), embedding)) * (state >= 0).unsqueeze(-1)  # -1 adds nothing
-        total = new if total is None else new + _turned_back(total, gamma, rotate)  # Eq. 2
-    return (rms_norm(total) if normalize else total).to(embedding.dtype)
+def _new_angles(width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    pair = torch.arange(0, width, 2, dtype=torch.float64, device=device)
+    angle = 10000.0 ** (-pair / width)
+    return angle.cos().float(), angle.sin().float()
 
 
 @jit
-def _load_halves(line, column, half, width, use):  # the pairs (j, j + D/2) of the rows at line [ROWS, 1]
+def _load_halves(line, column, half, width, use):  # the pairs (j, j + D/2) of the rows at line
     u = tl.load(line + column, mask=use[:, None] & (column < half), other=0.0)
     v = tl.load(line + half + column, mask=use[:, None] & (column + half < width), other=0.0)
     return u.to(tl.float32), v.to(tl.float32)
@@ -567,18 +736,22 @@ def _store_halves(line, column, half, width, use, u, v):
     tl.store(line + half + column, v, mask=use[:, None] & (column + half < width))
 
 
-@jit
+@jit(do_not_specialize=["count", "turns"])
 def _history_kernel(
-    states, embedding, cos, sin, past, gradient, sum_out, read_out, table_out,
-    count, turns, width, half, vocabulary, gamma, PAST: tl.constexpr, KEEP: tl.constexpr, BACKWARD: tl.constexpr,
+    states, embedding, cos, sin,
+    past, gradient, sum_out, read_out, table_out,
+    count, turns, width, half, vocabulary, gamma,
+    PAST: tl.constexpr, KEEP: tl.constexpr, BACKWARD: tl.constexpr,
     ROTATE: tl.constexpr, NORMALIZE: tl.constexpr, ROWS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    # Grid: one program per ROWS whole rows, because the norm needs the whole row.  One kernel is the step (the states
-    # are one, PAST adds a(t-1)), the sum, and its gradient: the sum again, since gathering is cheaper than keeping,
-    # then da through the norm, then its terms added to the gradient of the embedding.
+    # Grid: one program per ROWS whole rows, because the norm needs the whole row.  One kernel is
+    # the step (the states are one, PAST adds a(t-1)), the sum, and its gradient: the sum again,
+    # since gathering is cheaper than keeping, then da through the norm, then its terms added to
+    # the gradient of the embedding.
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = row < count
-    column, offset = tl.arange(0, HALF)[None, :], row[:, None] * width
+    column = tl.arange(0, HALF)[None, :]
+    offset = row[:, None] * width
     c = tl.load(cos + column, mask=column < half, other=0.0)
     s = tl.load(sin + column, mask=column < half, other=0.0)
     u = tl.zeros([ROWS, HALF], tl.float32)
@@ -586,7 +759,8 @@ def _history_kernel(
     if PAST:
         u, v = _load_halves(past + offset, column, half, width, inside)
     for turn in range(0, turns):  # oldest first
-        token = tl.load(states + turn * count + row, mask=inside, other=-1).to(tl.int64)
+        token = tl.load(states + turn.to(tl.int64) * count + row, mask=inside, other=-1)
+        token = token.to(tl.int64)
         use = (token >= 0) & (token < vocabulary)  # else it adds nothing
         p, q = _load_halves(embedding + token[:, None] * width, column, half, width, use)
         if ROTATE:
@@ -603,7 +777,8 @@ def _history_kernel(
             mean = ((tl.sum(p * u, 1) + tl.sum(q * v, 1)) / width)[:, None]
             p, q = scale * (p - u * mean), scale * (q - v * mean)
         for age in range(0, turns):
-            token = tl.load(states + (turns - 1 - age) * count + row, mask=inside, other=-1).to(tl.int64)
+            turn = (turns - 1 - age).to(tl.int64)
+            token = tl.load(states + turn * count + row, mask=inside, other=-1).to(tl.int64)
             use = ((token >= 0) & (token < vocabulary))[:, None]
             line = table_out + token[:, None] * width + column
             tl.atomic_add(line, p, mask=use & (column < half), sem="relaxed")
@@ -615,25 +790,28 @@ def _history_kernel(
         _store_halves(read_out + offset, column, half, width, inside, u, v)
 
 
-def _history_triton(states, embedding, gamma, rotate, normalize, past=None, keep=False, gradient=None):
-    """(a(t) in float32 where keep is on, what is read), or, where gradient is that of what is read, the embedding's."""
+def _run_history(states, embedding, gamma, rotate, normalize, past=None, keep=False, gradient=None):
+    """(a(t) in float32 where keep is on, what is read); given what is read's gradient, the table's."""
     count, (vocabulary, width), device = states[0].numel(), embedding.shape, embedding.device
-    cos, sin = _angles(width, device, torch.float32)
+    cos, sin = _angles(width, device)
     total, read, table = None, None, None
-    if gradient is not None:  # atomic additions, whose order, so the last bit, may vary between runs
+    if gradient is not None:  # atomic additions, whose order, so the last bit, may vary
         table = torch.zeros(vocabulary, width, dtype=torch.float32, device=device)
     else:
-        total = torch.empty(*states.shape[1:], width, dtype=torch.float32, device=device) if keep else None
         read = torch.empty(*states.shape[1:], width, dtype=embedding.dtype, device=device)
-    given = (past, gradient, total, read, table)  # what is not given is never touched: any pointer will do
-    half = triton.next_power_of_2(max(1, (width + 1) // 2))  # a whole row a program at D = 4096, 16 rows at D = 128
-    rows = max(1, min(32, 1024 // half))
+        if keep:
+            total = torch.empty(*states.shape[1:], width, dtype=torch.float32, device=device)
+    given = past, gradient, total, read, table  # what is not given is never touched
+    half = triton.next_power_of_2(max(1, (width + 1) // 2))
+    rows = max(1, min(32, 1024 // half))  # a whole row a program at D = 4096, 16 rows at D = 128
     _launch(
-        _history_kernel, (triton.cdiv(count, rows),), states.contiguous(), embedding.contiguous(), cos, sin,
+        _history_kernel, (triton.cdiv(count, rows),),
+        states.contiguous(), embedding.contiguous(), cos, sin,
         *(cos if x is None else x.contiguous() for x in given),
         count, len(states), width, (width + 1) // 2, vocabulary, float(gamma),
-        PAST=past is not None, KEEP=keep, BACKWARD=gradient is not None, ROTATE=rotate, NORMALIZE=normalize,
-        ROWS=rows, HALF=half, num_warps=8 if half >= 1024 else 4,
+        PAST=past is not None, KEEP=keep, BACKWARD=gradient is not None,
+        ROTATE=rotate, NORMALIZE=normalize, ROWS=rows, HALF=half,
+        num_warps=8 if half >= 1024 else 4,
     )  # fmt: skip
     return (total, read) if gradient is None else table
 
@@ -643,209 +821,261 @@ class _HistorySum(torch.autograd.Function):
     def forward(ctx, states, embedding, *settings):
         ctx.save_for_backward(states, embedding)
         ctx.settings = settings  # gamma, rotate, normalize
-        return _history_triton(states, embedding, *settings)[1]
+        return _run_history(states, embedding, *settings)[1]
 
     @staticmethod
     def backward(ctx, gradient):
         states, embedding = ctx.saved_tensors
-        total = _history_triton(states, embedding, *ctx.settings, gradient=gradient)
-        return None, total.to(embedding.dtype), None, None, None
-
-
-def check_history(embedding: Tensor, gamma: float, rotate: bool) -> None:
-    """An embedding weight [V, D], gamma in [0, 1], an even D where rotate is on; else ValueError."""
-    _check_floating("embedding", embedding)
-    shape = [*embedding.shape]
-    _require(embedding.ndim == 2 and embedding.numel() > 0, f"embedding must be a weight [V, D], got {shape}")
-    _require(0 <= gamma <= 1, f"gamma must lie in [0, 1], got {gamma}")
-    _require(not rotate or shape[1] % 2 == 0, f"embedding must have an even D to rotate, got {shape}")
+        table = _run_history(states, embedding, *ctx.settings, gradient=gradient)
+        return None, table.to(embedding.dtype), None, None, None
 
 
 @torch.no_grad()
 def history_step(
-    a: Tensor | None, tokens: Tensor, embedding: Tensor, gamma: float = 0.9, rotate: bool = True,
-    normalize: bool = True, impl: str | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Eq. 2, one turn of the recurrence: (a(t), what the model reads), where a(t) = wte(x(t)) + gamma R_(-1) a(t-1).
+    a: Tensor | None,
+    tokens: Tensor,
+    embedding: Tensor,
+    gamma: float = 0.9,
+    rotate: bool = True,
+    normalize: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Eq. 2, one turn: (a(t), what the model reads), a(t) = wte(x(t)) + gamma R_(-1) a(t-1).
 
-    a: a(t-1), [..., D], or None at the first turn; float32, or float64 for a float64 embedding.  tokens: int32 or
-    int64 [...].  embedding: float [V, D].  gamma in [0, 1]; rotate: R, for even D; normalize: the RMSNorm (eps 1e-6,
-    no weight) of what is read.  Returns a(t), of a's dtype, and what is read, of the embedding's; both new.
-    No gradient: history_sum has one.  NaN propagates.
-    Raises ValueError for wrong shapes, dtypes or devices, gamma outside [0, 1], odd D with rotate, on CPU bad ids.
+    a: a(t-1), float32 [..., D], or None at the first turn.  tokens: int32 or int64 [...].
+    embedding: float [V, D].  gamma in [0, 1]; rotate: R, for even D; normalize: the RMSNorm (eps
+    1e-6, no weight) of what is read.  Returns a(t) in float32 and what is read in the embedding's
+    dtype; both new.  No gradient: history_sum has one.  NaN propagates.
     """
     check_history(embedding, gamma, rotate)
     check_ids("tokens", tokens, None, embedding.device, 0, len(embedding))
+    use_triton("triton", embedding)
     if a is not None:
-        wide, expected = _wide(embedding[:0]).dtype, [*tokens.shape, embedding.shape[1]]
-        fits = [*a.shape] == expected and a.dtype == wide and a.device == embedding.device
+        expected = [*tokens.shape, embedding.shape[1]]
+        kind = a.dtype, a.device
+        fits = [*a.shape] == expected and kind == (torch.float32, embedding.device)
         got = f"{[*a.shape]}, {a.dtype} on {a.device}"
-        _require(fits, f"a must be {expected}, {wide} on {embedding.device}, got {got}")
-    a = a if gamma else None
-    if use_triton(impl, embedding):
-        return _history_triton(tokens.unsqueeze(0), embedding, gamma, rotate, normalize, past=a, keep=True)
-    return _history_step_torch(a, tokens, embedding, gamma, rotate, normalize)
+        require(fits, f"a must be {expected}, float32 on {embedding.device}, got {got}")
+    past = a if gamma else None
+    states = tokens.unsqueeze(0)
+    return _run_history(states, embedding, gamma, rotate, normalize, past=past, keep=True)
 
 
 def history_sum(
-    states: Tensor, embedding: Tensor, gamma: float = 0.9, rotate: bool = True, normalize: bool = True,
-    impl: str | None = None,
-) -> Tensor:  # fmt: skip
+    states: Tensor,
+    embedding: Tensor,
+    gamma: float = 0.9,
+    rotate: bool = True,
+    normalize: bool = True,
+) -> Tensor:
     """Eq. 2 as the closed sum over states x(0), ..., x(t), with its gradient to the embedding.
 
-    states: int32 or int64 [t+1, ...], oldest first; -1 where a sequence has no state yet, which adds nothing.
-    embedding, gamma, rotate, normalize: as for history_step.  Returns float [..., D] in the embedding's dtype.
-    NaN propagates.  Raises ValueError as history_step does, and for no state at all.
+    states: int32 or int64 [t+1, ...], oldest first; -1 where a sequence has no state yet, which
+    adds nothing.  embedding, gamma, rotate, normalize: as in history_step.  Returns [..., D] in
+    the embedding's dtype.  NaN propagates.
     """
     check_history(embedding, gamma, rotate)
-    _require(states.ndim >= 1 and len(states) > 0, f"states must be [T+1, ...] with T >= 0, got {[*states.shape]}")
+    some = states.ndim >= 1 and len(states) > 0
+    require(some, f"states must be [T+1, ...] with T >= 0, got {[*states.shape]}")
     check_ids("states", states, None, embedding.device, -1, len(embedding))
-    run = _HistorySum.apply if use_triton(impl, embedding) else _history_sum_torch
-    return run(states if gamma else states[-1:], embedding, gamma, rotate, normalize)
+    use_triton("triton", embedding)
+    return _HistorySum.apply(states if gamma else states[-1:], embedding, gamma, rotate, normalize)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # 4. revision_cross_entropy
 #
-# Computes the cross-entropy to the oracle action, split by role: part[k] = sum over role k of -log p(target), over the
-# number of positions with any role; total = weights . part.  Gradient to the logits: w[role] (p - onehot) / number.
+# Computes the cross-entropy to the oracle action, split by role: part[k] = sum over role k of
+# -log p(target), over the number of positions with any role; total = weights . part.  Gradient to
+# the logits: w[role] (p - onehot) / number.
 #
-# Costs: from logits, one read forward, one read and one write backward.  Floor at [8192, 126464] bf16: 2.07 GB each,
-# 2.1 ms (1.4 ms if a row could stay on chip between its two reads, which 253 KB cannot).  From hidden states, three
-# matrix products (logits, and the gradients to hidden and head), 6 N V D operations: 32 ms there; memory for
-# a chunk of logits instead of [N, V] in several copies.  A chunk is rows, whole: its logits become their own
-# gradient in place and feed the other two products, so nothing is computed twice.
+# Costs: from logits, one read forward, one read and one write backward.  Floor at [8192, 126464]
+# bf16: 2.07 GB each, 2.1 ms (1.4 ms if a row could stay on chip between its two reads, which
+# 253 KB cannot).  From hidden states, three matrix products (logits, and the gradients to hidden
+# and head), 6 N V D operations: 32 ms there; memory for a chunk of logits instead of [N, V] in
+# several copies.  A chunk is rows, whole: its logits become their own gradient in place and feed
+# the other two products, so nothing is computed twice.
 
-CHUNK_ROWS = 2048  # enough for full matrix products; 2,048 rows of V = 126464 in bf16 are 518 MB
-CHUNK_BYTES = 2**26  # more rows than that while their logits are under 64 MiB: a small V is one chunk
-
-
-def _nll_(logits: Tensor, target: Tensor, slope: Tensor) -> Tensor:
-    """-log p(target) of every row; logits [R, V] becomes slope (p - onehot).  slope: [R]."""
-    log_p, target = F.log_softmax(_wide(logits), -1), target.long().unsqueeze(-1)
-    loss = -log_p.gather(-1, target).squeeze(-1)
-    p = log_p.exp_()
-    logits.copy_(p.scatter_add_(-1, target, p.new_full(target.shape, -1)) * slope.unsqueeze(-1))
-    return loss
-
-
-def _parts(loss: Tensor, role: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """(total, parts [3]) from the loss of every position, 0 where the role is IGNORE."""
-    count = (role != IGNORE).sum().clamp(min=1)
-    parts = torch.stack([torch.where(role == kind, loss, 0).sum() for kind in (REVEAL, REMASK, KEEP)]) / count
-    return (weights * parts).sum(), parts
-
-
-def _revision_cross_entropy_torch(
-    logits: Tensor, target: Tensor, role: Tensor, weights: Tensor
-) -> tuple[Tensor, Tensor]:
-    counted = role != IGNORE
-    loss = F.cross_entropy(_wide(logits[counted]), target[counted].long(), reduction="none")
-    return _parts(loss, role[counted], weights)
+CHUNK_ROWS = 2048  # enough for full matrix products; 2,048 rows of V = 126464 in bf16: 518 MB
+CHUNK_BYTES = 2**26  # more rows while their logits are under 64 MiB: a small V is one chunk
 
 
 @jit
+def _counted_rows(rows, role, count, INDEXED: tl.constexpr, ROWS: tl.constexpr):
+    index = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    inside = index < count
+    row = index
+    if INDEXED:
+        row = tl.load(rows + index, mask=inside, other=0).to(tl.int64)
+    kind = tl.load(role + row, mask=inside, other=-1)
+    return index, inside, row, kind
+
+
+@jit(do_not_specialize=["count", "length"])
 def _nll_kernel(
-    logits, target, role, loss_out, lse_out, count, length, stride_b, stride_n, stride_v, vocabulary,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    logits, rows, target, role, loss_out, lse_out,
+    count, length, stride_b, stride_n, stride_v, vocabulary,
+    INDEXED: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    # Grid: one program per ROWS rows; rows to ignore load nothing.  The scan of Eq. 1, with no MASK to leave out.
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    inside = row < count
-    counted = tl.load(role + row, mask=inside, other=-1) >= 0
-    line = logits + (row // length) * stride_b + (row % length) * stride_n
-    top, best, rest = _scan(line, counted, vocabulary, -1, stride_v, ROWS, COLUMNS)
-    lse = tl.where(top == float("inf"), float("nan"), top - _log_p(top, rest))  # +inf - inf: NaN, as in torch
+    # Grid: one program per ROWS rows; rows to ignore load nothing.  The scan of Eq. 1, without
+    # MASK.  INDEXED: logits and lse_out are those of the positions in rows.
+    index, inside, row, kind = _counted_rows(rows, role, count, INDEXED, ROWS)
+    counted = kind >= 0
+    line = logits + (index // length) * stride_b + (index % length) * stride_n
+    top, _, rest = _scan(
+        line, counted, 0, vocabulary, vocabulary, -1, stride_v, False, GROUP, ROWS, COLUMNS
+    )
+    lse = tl.where(top == float("inf"), float("nan"), top - _log_p(top, rest))  # inf - inf: NaN
     goal = tl.load(target + row, mask=inside, other=0).to(tl.int64)
     fits = counted & (goal >= 0) & (goal < vocabulary)
     at_goal = tl.load(line + goal * stride_v, mask=fits, other=float("nan")).to(tl.float32)
     tl.store(loss_out + row, tl.where(counted, lse - at_goal, 0.0), mask=inside)
-    tl.store(lse_out + row, lse, mask=inside)
+    tl.store(lse_out + index, lse, mask=inside)
 
 
-@jit
+@jit(do_not_specialize=["count"])
+def _parts_kernel(
+    loss, role, out, count, reveal_weight, remask_weight, keep_weight, BLOCK: tl.constexpr
+):
+    # One program, so the order of the additions is always the same.  Out: total, the three parts,
+    # the number of positions with a role.  12 bytes a position: 10 us for 40,000.
+    reveal = tl.zeros([BLOCK], tl.float32)
+    remask = tl.zeros([BLOCK], tl.float32)
+    keep = tl.zeros([BLOCK], tl.float32)
+    number = tl.zeros([BLOCK], tl.int32)
+    for start in range(0, count, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        kind = tl.load(role + at, mask=at < count, other=-1)
+        x = tl.load(loss + at, mask=(at < count) & (kind >= 0), other=0.0)
+        reveal += tl.where(kind == 0, x, 0.0)
+        remask += tl.where(kind == 1, x, 0.0)
+        keep += tl.where(kind == 2, x, 0.0)
+        number += (kind >= 0).to(tl.int32)
+    counted = tl.maximum(tl.sum(number, 0), 1).to(tl.float32)
+    reveal_part = tl.sum(reveal, 0) / counted
+    remask_part = tl.sum(remask, 0) / counted
+    keep_part = tl.sum(keep, 0) / counted
+    total = reveal_weight * reveal_part + remask_weight * remask_part + keep_weight * keep_part
+    tl.store(out, total)
+    tl.store(out + 1, reveal_part)
+    tl.store(out + 2, remask_part)
+    tl.store(out + 3, keep_part)
+    tl.store(out + 4, counted)
+
+
+@jit(do_not_specialize=["count", "length"])
 def _nll_gradient_kernel(
-    logits, target, role, lse, weights, out, count, length, stride_b, stride_n, stride_v, vocabulary,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    logits, rows, target, role, lse, upstream, sums, out,
+    count, length, stride_b, stride_n, stride_v, vocabulary,
+    reveal_weight, remask_weight, keep_weight,
+    INDEXED: tl.constexpr, SCALED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     # Grid: (row tiles, column tiles), element by element, so out may be logits itself.
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    index, inside, row, kind = _counted_rows(rows, role, count, INDEXED, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    inside = row < count
-    kind = tl.load(role + row, mask=inside, other=-1)
     counted = kind >= 0
     goal = tl.load(target + row, mask=inside, other=-1)
-    shift = tl.load(lse + row, mask=inside, other=0.0)
-    weight = tl.load(weights + kind, mask=counted & (kind < 3), other=0.0)
-    line = logits + (row // length) * stride_b + (row % length) * stride_n
+    shift = tl.load(lse + index, mask=inside, other=0.0)
+    weight = tl.where(kind == 1, remask_weight, keep_weight)
+    weight = tl.where(kind == 0, reveal_weight, weight)
+    if SCALED:
+        weight *= tl.load(upstream).to(tl.float32) / tl.load(sums + 4)
+    line = logits + (index // length) * stride_b + (index % length) * stride_n
     use = counted[:, None] & (column < vocabulary)
-    x = tl.load(line[:, None] + column.to(tl.int64) * stride_v, mask=use, other=0.0).to(tl.float32)
-    slope = tl.exp(x - shift[:, None]) - tl.where(column == goal[:, None], 1.0, 0.0)  # p - onehot
+    at = line[:, None] + column.to(tl.int64) * stride_v
+    x = tl.load(at, mask=use, other=0.0).to(tl.float32)
+    slope = _exp(x - shift[:, None]) - tl.where(column == goal[:, None], 1.0, 0.0)  # p - onehot
     slope = tl.where(counted[:, None], weight[:, None] * slope, 0.0)
-    tl.store(out + row[:, None] * vocabulary + column, slope, mask=inside[:, None] & (column < vocabulary))
+    at = out + index[:, None] * vocabulary + column
+    tl.store(at, slope, mask=inside[:, None] & (column < vocabulary))
 
 
-def _nll_triton(logits: Tensor, target: Tensor, role: Tensor) -> tuple[Tensor, Tensor]:
-    """(-log p(target), log sum exp), 0 and anything where the role is IGNORE."""
-    (rows, walk), (tile, columns, warps), count = _rows_of(logits), _tile(logits.shape[-1]), role.numel()
-    loss, lse = torch.empty(2, *role.shape, dtype=torch.float32, device=logits.device)
-    _launch(_nll_kernel, (triton.cdiv(count, tile),), rows, target, role, loss, lse, count, *walk,
-            ROWS=tile, COLUMNS=columns, num_warps=warps)  # fmt: skip
-    return loss, lse
+def _nll(logits, rows, target, role, loss) -> Tensor:
+    """Writes -log p(target) to loss, 0 where the role is IGNORE; returns log sum exp a row."""
+    x, walk, group = _walk(logits)
+    tile, columns, warps = _tile(walk[-1])
+    count = x.shape[0] * x.shape[1]
+    lse = torch.empty(count, dtype=torch.float32, device=x.device)
+    _launch(
+        _nll_kernel, (triton.cdiv(count, tile),),
+        x, role if rows is None else rows, target, role, loss, lse, count, *walk,
+        INDEXED=rows is not None, GROUP=group, ROWS=tile, COLUMNS=columns, num_warps=warps,
+    )  # fmt: skip
+    return lse
 
 
-def _nll_gradient_triton(logits: Tensor, target: Tensor, role: Tensor, lse: Tensor, weights: Tensor, out: Tensor):
-    """Writes weights[role] (p - onehot) to out."""
-    (rows, walk), (tile, columns, warps), count = _rows_of(logits), _tile(logits.shape[-1]), role.numel()
-    grid = triton.cdiv(count, tile), triton.cdiv(logits.shape[-1], columns)
-    _launch(_nll_gradient_kernel, grid, rows, target, role, lse, weights, out, count, *walk,
-            ROWS=tile, COLUMNS=columns, num_warps=warps)  # fmt: skip
+def _parts(loss, role, weights) -> Tensor:
+    """[5]: the total, the three parts, and the number of positions with a role."""
+    out = torch.zeros(5, dtype=torch.float32, device=loss.device)
+    _launch(
+        _parts_kernel, (min(1, role.numel()),), loss, role, out, role.numel(), *weights,
+        BLOCK=4096 if role.numel() > 1024 else 1024, num_warps=8,
+    )  # fmt: skip
     return out
 
 
-class _CrossEntropy(torch.autograd.Function):  # from logits, by the kernels
+def _nll_gradient(logits, rows, target, role, lse, weights, out, scale=None) -> Tensor:
+    """Writes weights[role] (p - onehot) to out, times upstream / number where scale has the two."""
+    x, walk, _ = _walk(logits)
+    tile, columns, warps = _tile(walk[-1])
+    count = x.shape[0] * x.shape[1]
+    _launch(
+        _nll_gradient_kernel, (triton.cdiv(count, tile), triton.cdiv(walk[-1], columns)),
+        x, role if rows is None else rows, target, role, lse, *(scale or (lse, lse)), out,
+        count, *walk, *weights,
+        INDEXED=rows is not None, SCALED=scale is not None, ROWS=tile, COLUMNS=columns,
+        num_warps=warps,
+    )  # fmt: skip
+    return out
+
+
+class _CrossEntropy(torch.autograd.Function):  # from logits
     @staticmethod
-    def forward(ctx, logits, target, role, weights):
-        loss, lse = _nll_triton(logits, target, role)
-        ctx.save_for_backward(logits, target, role, lse, weights)
-        total, parts = _parts(loss, role, weights)
+    def forward(ctx, logits, target, role, *weights):
+        loss = torch.empty(role.shape, dtype=torch.float32, device=role.device)
+        lse = _nll(logits, None, target, role, loss)
+        sums = _parts(loss, role, weights)
+        ctx.save_for_backward(logits, target, role, lse, sums)
+        ctx.weights = weights
+        total, parts = sums[0].clone(), sums[1:4]
         ctx.mark_non_differentiable(parts)
         return total, parts
 
     @staticmethod
     def backward(ctx, upstream, _):
-        logits, target, role, lse, weights = ctx.saved_tensors
-        scaled = weights * (upstream / (role != IGNORE).sum().clamp(min=1))
+        logits, target, role, lse, sums = ctx.saved_tensors
         out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-        return _nll_gradient_triton(logits, target, role, lse, scaled, out), None, None, None
+        scale = upstream, sums
+        _nll_gradient(logits, None, target, role, lse, ctx.weights, out, scale)
+        return out, None, None, None, None, None
 
 
-class _HeadCrossEntropy(torch.autograd.Function):  # from hidden states [N, D] and the head, in chunks of rows
+class _HeadCrossEntropy(torch.autograd.Function):  # from hidden states [N, D], chunks of rows
     @staticmethod
-    def forward(ctx, hidden, head, target, role, weights, kernels):
-        to_hidden, to_head = ctx.needs_input_grad[:2]
-        grad_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if to_hidden else None
-        grad_head = torch.zeros_like(head, memory_format=torch.contiguous_format) if to_head else None
-        loss = torch.zeros(role.shape, dtype=weights.dtype, device=hidden.device)
+    def forward(ctx, hidden, head, bias, target, role, *weights):
+        needs = ctx.needs_input_grad[:3]
+        grads = [
+            torch.zeros(x.shape, dtype=x.dtype, device=x.device) if need else None
+            for x, need in zip((hidden, head, bias), needs)
+        ]
+        loss = torch.zeros(role.shape, dtype=torch.float32, device=hidden.device)
         chunk = max(CHUNK_ROWS, CHUNK_BYTES // (len(head) * hidden.dtype.itemsize))
         for rows in (role != IGNORE).nonzero().squeeze(1).split(chunk):  # waits for the device
-            x, goal, kind = hidden[rows], target[rows], role[rows]
-            logits = x @ head.T
-            if kernels:
-                loss[rows], lse = _nll_triton(logits, goal, kind)
-                if to_hidden or to_head:
-                    _nll_gradient_triton(logits, goal, kind, lse, weights, out=logits)
-            else:
-                loss[rows] = _nll_(logits, goal, weights[kind.long()])
-            # logits is now w[role] (p - onehot).  The 1/number comes last: fp16 would lose it in small p.
-            if to_hidden:
-                grad_hidden[rows] = logits @ head
-            if to_head:
-                grad_head.addmm_(logits.T, x)  # one rounding to the head's dtype a chunk
+            x = hidden[rows]
+            logits = F.linear(x, head, bias)
+            lse = _nll(logits, rows, target, role, loss)
+            if any(needs):
+                # logits becomes w[role] (p - onehot).  1/number comes last: fp16 would lose it.
+                _nll_gradient(logits, rows, target, role, lse, weights, out=logits)
+            if needs[0]:
+                grads[0][rows] = logits @ head
+            if needs[1]:
+                grads[1].addmm_(logits.T, x)  # one rounding to the head's dtype a chunk
+            if needs[2]:
+                grads[2] += logits.sum(0, dtype=torch.float32)
             del logits  # before the next chunk's
-        total, parts = _parts(loss, role, weights)
-        ctx.gradients = grad_hidden, grad_head
-        ctx.count = (role != IGNORE).sum().clamp(min=1)
+        sums = _parts(loss, role, weights)
+        ctx.gradients, ctx.count = grads, sums[4]
+        total, parts = sums[0].clone(), sums[1:4]
         ctx.mark_non_differentiable(parts)
         return total, parts
 
@@ -853,396 +1083,49 @@ class _HeadCrossEntropy(torch.autograd.Function):  # from hidden states [N, D] a
     def backward(ctx, upstream, _):
         factor = upstream / ctx.count
         gradients = [None if g is None else (g * factor).to(g.dtype) for g in ctx.gradients]
-        return *gradients, None, None, None, None
+        return *gradients, None, None, None, None, None
 
 
 def revision_cross_entropy(
-    inputs: Tensor, target: Tensor, role: Tensor, weights: tuple[float, float, float] = (1, 1, 1),
-    head: Tensor | None = None, impl: str | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Cross-entropy to the oracle action, split by role: (total, reveal, remask, keep), scalars in nats.
+    inputs: Tensor,
+    target: Tensor,
+    role: Tensor,
+    weights: tuple[float, float, float] = (1, 1, 1),
+    head: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Cross-entropy to the oracle action by role: (total, reveal, remask, keep), scalars in nats.
 
-    inputs: logits float [..., V]; or, with head, the output weight [V, D], hidden states float [..., D].
-    target: int32 or int64 [...].  role: the same, REVEAL, REMASK, KEEP (0, 1, 2), or IGNORE (-1): no loss.
-    weights: of the parts, in that order.  A part is the sum over its role's positions divided by the number of
-    positions with any role; an empty role is 0, and so is everything when all is ignored.
-    The total alone has a gradient, to logits, or to hidden and head; for one part use weights like (0, 0, 1).
-    With head, logits exist for max(2,048 rows, 64 MiB) at a time, and gradients are computed on the way forward.
-    NaN, +inf and rows of -inf in a counted row propagate as in F.cross_entropy; ignored rows are not read.
-    Raises ValueError for wrong shapes, dtypes or devices, on CPU ids or roles out of range.
+    inputs: logits float [..., V]; or, with head, the output weight [V, D], and bias [V] or None,
+    hidden states float [..., D].  target: int32 or int64 [...].  role: the same; 0 reveal,
+    1 re-mask, 2 keep, -1 no loss.  weights: three numbers, of the parts in that order.  A part is
+    the sum over its role's positions divided by the number of positions with any role; an empty
+    role is 0, and so is everything when all is ignored.
+    The total alone has a gradient, to logits, or to hidden, head and bias; for one part use
+    weights like (0, 0, 1).  With head, logits exist for max(2,048 rows, 64 MiB) at a time, and
+    gradients are computed on the way forward; the number of counted rows is asked of the device
+    once, so a CUDA graph and torch.compile(fullgraph=True) refuse.
+    NaN, +inf and rows of -inf in a counted row propagate as in F.cross_entropy; ignored rows are
+    not read.
     """
     name = "logits" if head is None else "hidden"
-    _check_floating(name, inputs)
-    _require(inputs.ndim >= 1, f"{name} must be [..., V or D], got {[*inputs.shape]}")
+    check_floating(name, inputs)
+    require(inputs.ndim >= 1, f"{name} must be [..., V or D], got {[*inputs.shape]}")
+    require(head is not None or bias is None, "bias needs head")
     if head is not None:
-        _check_head(head, inputs)
-    _require(len(weights) == 3, f"weights must be three numbers, got {weights}")
+        check_head(head, bias, inputs)
+    require(len(weights) == 3, f"weights must be three numbers, got {weights}")
     vocabulary = inputs.shape[-1] if head is None else len(head)
     check_ids("role", role, inputs.shape[:-1], inputs.device, IGNORE, 3)
-    check_ids("target", target, inputs.shape[:-1], inputs.device, 0, vocabulary, where=role != IGNORE)
-    wide, kernels = _wide(inputs[:0]).dtype, use_triton(impl, inputs)
-    factors = torch.stack([torch.full((), w, dtype=wide, device=inputs.device) for w in weights])
+    check_ids("target", target, role.shape, inputs.device, 0, vocabulary, where=role != IGNORE)
+    use_triton("triton", inputs)
+    weights = [float(w) for w in weights]
     if head is None:
-        run = _CrossEntropy.apply if kernels else _revision_cross_entropy_torch
-        total, parts = run(inputs, target.contiguous(), role.contiguous(), factors)
+        target, role = target.contiguous(), role.contiguous()
+        total, parts = _CrossEntropy.apply(inputs, target, role, *weights)
     else:
+        rows = inputs.reshape(-1, inputs.shape[-1])
+        target, role = target.reshape(-1).contiguous(), role.reshape(-1).contiguous()
         with torch.autocast(inputs.device.type, enabled=False):
-            rows = inputs.reshape(-1, inputs.shape[-1])
-            total, parts = _HeadCrossEntropy.apply(rows, head, target.reshape(-1), role.reshape(-1), factors, kernels)
+            total, parts = _HeadCrossEntropy.apply(rows, head, bias, target, role, *weights)
     return total, *parts.detach().unbind()
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# 5. The benchmark:  python kernels.py
-
-SHAPES = {  # N, V, D
-    "LLaDA-8B, 8 x 1024": (8192, 126464, 4096),
-    "Lumina-DiMOO, 4096": (4096, 8193, 4096),
-    "Sudoku, 512 boards": (41472, 10, 128),
-}
-CPU_SHAPES = {"N=4096 V=32000 D=512": (4096, 32000, 512)}  # float32: what sparsity gains without Triton
-SMOKE_SHAPES = {"small": (96, 300, 32)}
-
-
-class _LargestTensor(TorchDispatchMode):
-    """Records the bytes of the largest tensor that any operation makes; views make none."""
-
-    bytes = 0
-
-    def __torch_dispatch__(self, function, types_, args=(), keywords=None):
-        result = function(*args, **(keywords or {}))
-        given = {x.untyped_storage().data_ptr() for x in args if isinstance(x, Tensor)}
-        for x in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(x, Tensor) and x.untyped_storage().data_ptr() not in given:
-                self.bytes = max(self.bytes, x.nbytes)
-        return result
-
-
-class Benchmark:
-    """Times forms of one computation side by side, prints a table each, and keeps every row for the JSON file."""
-
-    def __init__(self, device: str, smoke: bool):
-        self.device, self.smoke, self.cuda, self.rows = torch.device(device), smoke, device != "cpu", []
-        self.impl = "triton" if self.cuda or INTERPRETED else "torch"
-        self.impls = tuple(dict.fromkeys(("torch", self.impl)))
-        self.dtype = torch.bfloat16 if self.cuda else torch.float32
-        size, side = (2**29, 8192) if self.cuda else (2**20, 256) if smoke else (2**27, 2048)
-        source, a = torch.ones(size // 4, device=device), torch.randn(side, side, device=device).to(self.dtype)
-        target = torch.empty_like(source)
-        # The two ceilings of this machine, measured: bytes read and written a second, operations a second.
-        self.bandwidth = 2 * size / self.seconds({"": lambda: target.copy_(source)})[""]
-        self.rate = 2 * side**3 / self.seconds({"": lambda: a @ a})[""]
-        print(f"ceilings: copy {self.bandwidth / 1e9:,.0f} GB/s, {self.dtype} product {self.rate / 1e12:,.2f} TFLOP/s")
-
-    def seconds(self, forms: dict[str, Callable], graph: bool = False) -> dict[str, float]:
-        """Median seconds of each form; on CPU in turns, so that a disturbance meets all of them."""
-        if self.cuda:
-            timer = triton.testing.do_bench_cudagraph if graph else triton.testing.do_bench
-            return {name: timer(form, rep=100, return_mode="median") / 1e3 for name, form in forms.items()}
-        times: dict[str, list[float]] = {name: [] for name in forms}
-        for repeat in range(2 if self.smoke else 6):
-            for name, form in forms.items():
-                began = time.perf_counter()
-                form()
-                times[name] += [time.perf_counter() - began] if repeat else []  # the first warms up
-        return {name: statistics.median(values) for name, values in times.items()}
-
-    def peak(self, form: Callable) -> float:
-        """MiB that a form needs beyond its inputs: the allocator's peak on a GPU, the largest tensor on CPU."""
-        if not self.cuda:
-            with _LargestTensor() as largest:
-                form()
-            return largest.bytes / 2**20
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        form()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-
-    def table(
-        self, kernel: str, shape: str, forms: dict[str, Callable], make: Callable[[], tuple], size: float = 1e9,
-        moved: float = 0, flops: float = 0, compiled: tuple[str, ...] = (), graphs: tuple[str, ...] = (),
-        wrap: Callable[[Callable], Callable] = lambda form: form,
-    ) -> None:  # fmt: skip
-        """Times forms, each called with make()'s inputs of `size` bytes; on a GPU in turn with enough sets of them to
-        exceed three times a 50 MB L2.  compiled, graphs: forms that a GPU also runs through torch.compile and in a
-        CUDA graph.  Prints ratio, the first form's time over this one's; share, the floor
-        max(moved / bandwidth, flops / rate) over the time; differs, the relative distance from the first form's result.
-        """
-        floor = max(moved / self.bandwidth, flops / self.rate)
-        print(f"\n{kernel}: {shape}; {moved / 1e6:,.1f} MB, {flops / 1e9:,.1f} GFLOP, floor {floor * 1e6:,.1f} us")
-        memory = "peak MiB" if self.cuda else "largest MiB"
-        print(f"  {'form':44}{'us':>12}{'ratio':>9}{'share':>8}{memory:>13}{'differs':>10}")
-        if self.cuda:
-            torch._dynamo.reset()
-            forms = forms | {f"{name}, compiled": torch.compile(forms[name], dynamic=False) for name in compiled}
-        inputs = [make() for _ in range(max(1, min(256, int(150e6 / size) + 1)) if self.cuda else 1)]
-        result, expected, calls, about = None, None, {}, {}
-        for name, form in forms.items():
-            form, sets = wrap(form), itertools.cycle(inputs)
-            try:
-                result = form(*inputs[0])
-                result = [x.detach().float() for x in (result if isinstance(result, tuple) else (result,))]
-                expected = expected or result
-                apart = [(x - y).norm() / y.norm().clamp(min=1e-30) for x, y in zip(result, expected)]
-                about[name] = {"differs": float(max(apart, default=0))}
-                about[name]["memory_mib"] = self.peak(lambda: form(*inputs[0]))
-                calls[name] = lambda form=form, sets=sets: form(*next(sets))
-            except torch.OutOfMemoryError:
-                print(f"  {name:44}{'out of memory':>12}")
-        del result, expected
-        times = self.seconds(calls)
-        for name in graphs if self.cuda else ():
-            times |= self.seconds({f"{name}, CUDA graph": calls[name]}, graph=True)
-        first = next(iter(times.values()))
-        for name, value in times.items():
-            row = {"kernel": kernel, "shape": shape, "form": name, "microseconds": value * 1e6, "ratio": first / value}
-            row |= {"floor_microseconds": floor * 1e6, "bytes": moved, "flops": flops, "share": floor / value}
-            self.rows.append(row | about.get(name, {}))
-            tail = f"{about[name]['memory_mib']:>13,.1f}{about[name]['differs']:>10.1e}" if name in about else ""
-            print(f"  {name:44}{value * 1e6:>12,.1f}{first / value:>9.2f}{floor / value:>8.1%}{tail}", flush=True)
-
-
-def _full_decision(logits: Tensor, tokens: Tensor, mask_id: int) -> Tensor:
-    """Eq. 1 as one would write it first: a softmax over every row, then where."""
-    p = logits.float().softmax(-1)
-    own, at_mask = p.gather(-1, tokens.unsqueeze(-1)).squeeze(-1), p[..., mask_id]
-    best = p.index_fill(-1, torch.tensor([mask_id], device=p.device), -1).argmax(-1)
-    return torch.where(tokens == mask_id, best, torch.where(at_mask > own, mask_id, tokens))
-
-
-def benchmark_decisions(bench: Benchmark, name: str, count: int, vocabulary: int, width: int) -> None:
-    """Operation 1, then one decoding turn end to end, from hidden states to next tokens (operation 2)."""
-    mask_id, device, dtype, impl = vocabulary - 1, bench.device, bench.dtype, bench.impl
-    item, graphs = dtype.itemsize, (impl,) if vocabulary <= DENSE_VOCABULARY else ()
-
-    def state(masked: int) -> tuple[Tensor, Tensor]:
-        tokens = torch.randint(mask_id, (count,), device=device)
-        tokens[torch.randperm(count, device=device)[:masked]] = mask_id
-        return tokens, (tokens == mask_id).nonzero().squeeze(1)
-
-    def best_token(logits):
-        return logits[:, :mask_id].float().log_softmax(-1).max(-1).indices
-
-    def operation_1(logits):
-        tokens = torch.full(logits.shape[:1], mask_id, device=device)
-        return decide_from_logits(logits, tokens, mask_id, impl=impl).best
-
-    def on_rows(logits, tokens, rows):  # the masked rows alone; two logits of the others
-        own = logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-        return torch.where(logits[:, mask_id] > own, mask_id, tokens).index_copy(0, rows, best_token(logits[rows]))
-
-    def unfused(h, w, tokens, rows, best=best_token):  # the same from hidden states, with the library's product
-        own, at_mask = (h.float() * w[tokens].float()).sum(-1), h.float() @ w[mask_id].float()
-        return torch.where(at_mask > own, mask_id, tokens).index_copy(0, rows, best(h[rows] @ w.T))
-
-    forms = {
-        "eager, all rows": lambda logits, tokens, rows: _full_decision(logits, tokens, mask_id),
-        "eager, masked rows": on_rows,
-        impl: lambda logits, tokens, rows: decide_from_logits(logits, tokens, mask_id, impl=impl).following,
-    }
-    for masked in (count, count // 4):
-        size, moved = count * vocabulary * item, masked * vocabulary * item + (count - masked) * 64
-        bench.table("decide_from_logits", f"{name}, {masked} masked", forms,
-                    lambda: (torch.randn(count, vocabulary, device=device, dtype=dtype), *state(masked)),
-                    size, moved, 4 * masked * vocabulary, tuple(forms)[:2], graphs)  # fmt: skip
-    forms = {
-        "eager, all logits": lambda h, w, tokens, rows: _full_decision(h @ w.T, tokens, mask_id),
-        "eager, masked rows": unfused,
-        "product on masked rows, then operation 1": lambda *inputs: unfused(*inputs, operation_1),
-    }
-    for way in bench.impls:
-        forms[way] = lambda h, w, t, rows, way=way: decide_from_hidden(h, w, t, mask_id, impl=way).following
-    for masked in (count, count // 4, count // 20, 32) if bench.cuda or bench.smoke else (count // 4, count // 20):
-        size, moved = (vocabulary + count) * width * item, (vocabulary + 2 * count - masked) * width * item
-        bench.table("one turn: decide_from_hidden", f"{name}, {masked} masked", forms,
-                    lambda: (torch.randn(count, width, device=device).to(dtype),
-                             (torch.randn(vocabulary, width, device=device) * width**-0.5).to(dtype), *state(masked)),
-                    size, moved, 2 * masked * vocabulary * width, tuple(forms)[:2], graphs)  # fmt: skip
-
-
-def _with_gradient(form: Callable) -> Callable:
-    """form's result and its gradients to those inputs that require one."""
-
-    def run(*inputs):
-        out = form(*inputs)
-        return out.detach(), *torch.autograd.grad(out, [x for x in inputs if x.requires_grad], torch.ones_like(out))
-
-    return run
-
-
-def benchmark_history(bench: Benchmark, name: str, count: int, vocabulary: int, width: int) -> None:
-    device, item = bench.device, bench.dtype.itemsize
-    embedding = torch.randn(vocabulary, width, device=device).to(bench.dtype).requires_grad_()
-    gathered = min(count, vocabulary) * width * item  # embedding rows: each at most once from memory
-
-    def inputs(turns):
-        states = torch.randint(vocabulary, (turns, 1, count), device=device)
-        return torch.randn(1, count, width, device=device), states, embedding
-
-    steps = {way: lambda a, x, w, way=way: history_step(a, x[0], w, impl=way) for way in bench.impls}
-    bench.table("history_step", name, steps, lambda: inputs(1), 12 * count * width,
-                count * width * (8 + item) + gathered, 0, ("torch",), (bench.impl,))  # fmt: skip
-    sums = {way: lambda a, x, w, way=way: history_sum(x, w, impl=way) for way in bench.impls}
-    if importlib.util.find_spec("history"):  # what the project uses where the vocabulary is small
-        from history import history_embedding
-
-        sums["history_embedding"] = lambda a, x, w: history_embedding(x, w)
-    bench.table("history_sum, 7 states, with gradient", name, sums, lambda: inputs(7), 12 * count * width,
-                14 * gathered + count * width * item * 2 + vocabulary * width * (4 + item), 0, ("torch",),
-                wrap=_with_gradient)  # fmt: skip
-
-
-def benchmark_losses(bench: Benchmark, name: str, count: int, vocabulary: int, width: int) -> None:
-    device, item, impl = bench.device, bench.dtype.itemsize, bench.impl
-    target, role = (torch.randint(high, (count,), device=device) for high in (vocabulary, 3))
-    from_logits = {
-        "eager": lambda x: F.cross_entropy(x.float(), target),
-        impl: lambda x: revision_cross_entropy(x, target, role, impl=impl)[0],
-    }
-    from_hidden = {
-        "eager": lambda h, w: F.cross_entropy((h @ w.T).float(), target),
-        "product, then from logits": lambda h, w: revision_cross_entropy(h @ w.T, target, role, impl=impl)[0],
-        impl: lambda h, w: revision_cross_entropy(h, target, role, head=w, impl=impl)[0],
-    }
-    if bench.cuda and importlib.util.find_spec("liger_kernel"):  # a peer, where installed; it writes into its logits
-        from liger_kernel.transformers import LigerCrossEntropyLoss, LigerFusedLinearCrossEntropyLoss
-
-        from_logits["Liger, on a copy"] = lambda x, peer=LigerCrossEntropyLoss(): peer(x.clone(), target)
-        from_hidden["Liger"] = lambda h, w, peer=LigerFusedLinearCrossEntropyLoss(): peer(w, h, target)
-
-    def leaf(rows, columns, scale=1.0):
-        return (torch.randn(rows, columns, device=device) * scale).to(bench.dtype).requires_grad_()
-
-    kernel, size = "revision_cross_entropy from", count * vocabulary * item
-    bench.table(f"{kernel} logits, with gradient", name, from_logits, lambda: (leaf(count, vocabulary),),
-                size, 3 * size, 0, ("eager",), wrap=_with_gradient)  # fmt: skip
-    size = (vocabulary + count) * width * item
-    bench.table(f"{kernel} hidden states, with gradient", name, from_hidden,
-                lambda: (leaf(count, width), leaf(vocabulary, width, width**-0.5)),
-                size, 2 * size, 6 * count * vocabulary * width, ("eager",), wrap=_with_gradient)  # fmt: skip
-
-
-def benchmark_recurrence(bench: Benchmark) -> None:
-    """A turn of the recurrence, early and late, against summing 16 past states anew; under 4 GB at full size."""
-    count, vocabulary, width = SMOKE_SHAPES["small"] if bench.smoke else (8192, 32000, 4096)
-    embedding = torch.randn(vocabulary, width, device=bench.device).to(bench.dtype)
-    states = torch.randint(vocabulary, (16, count), device=bench.device)
-
-    def anew():
-        total = torch.zeros(count, width, device=bench.device)
-        frequency = 10000.0 ** (-torch.arange(0, width, 2, device=bench.device) / width)
-        for age, state in enumerate(states.flip(0)):
-            cos, sin = (age * frequency).cos(), (age * frequency).sin()
-            u, v = F.embedding(state, embedding).float().chunk(2, -1)
-            total += torch.cat([u * cos + v * sin, v * cos - u * sin], -1) * 0.9**age
-        return rms_norm(total).to(embedding.dtype)
-
-    forms, a = {"embed, rotate and sum 16 states": anew}, None
-    for turn in range(1, 101):
-        if turn == 16:
-            forms["history_step, turn 16"] = lambda a=a: history_step(a, states[15], embedding)[1]
-        elif turn in (2, 100):  # [:0]: another sum, nothing to compare
-            forms[f"history_step, turn {turn}"] = lambda a=a: history_step(a, states[15], embedding)[:0]
-        a, _ = history_step(a, states[(turn - 1) % 16], embedding)
-    bench.table("history by turn", f"N={count} D={width} {bench.dtype}", forms, lambda: (),
-                moved=count * width * (8 + 2 * embedding.dtype.itemsize))  # fmt: skip
-
-
-@torch.no_grad()
-def benchmark_revision(bench: Benchmark) -> None:
-    """End to end: the shipped Sudoku model revises boards with some 12 wrong cells; with and without a CUDA graph."""
-    count, title, device = 2 if bench.smoke else 4096 if bench.cuda else 128, "a whole Sudoku revise", bench.device
-    try:
-        import reflective_masking as rm  # here alone: the operations need no other file
-
-        model, info = rm.load_checkpoint(Path(__file__).parent / "checkpoints/sudoku_full.pt", "sudoku", device)
-    except (ImportError, ValueError) as error:
-        return print(f"\n{title}: skipped, {error}")
-    cell = torch.arange(81)
-    pattern = (3 * (cell // 9 % 3) + cell // 27 + cell % 9) % 9  # a valid board up to the names of the digits
-    clean = (torch.rand(count, 9).argsort(-1) + 1)[:, pattern]
-    start = torch.where(torch.rand(count, 81) < 12 / 81, torch.randint(1, 10, (count, 81)), clean).to(device)
-    variant = model.embedding.detach(), info["gamma"], info["rotate"]
-    # For a graph shapes must not change: finished boards stay in the batch and keep their tokens.
-    a, tokens = torch.zeros(count, 81, model.embedding.shape[1], device=device), start.clone()
-    done = torch.zeros(count, 1, dtype=torch.bool, device=device)
-
-    def turn():
-        new, read = history_step(a, tokens, *variant, impl=bench.impl)
-        following = decide_from_logits(model(read), tokens, 0, ~done, impl=bench.impl).following
-        done.logical_or_((following == tokens).all(-1, keepdim=True))
-        a.copy_(new), tokens.copy_(following)
-
-    def whole_batch(step):
-        a.zero_(), tokens.copy_(start), done.zero_()
-        for _ in range(32):
-            step()
-            if done.all():
-                break
-        return tokens.clone()
-
-    forms = {
-        f"revise, {way}": lambda way=way: rm.revise(
-            model, start, 0, rm.HistoryReference(*variant, impl=way), impl=way
-        ).tokens
-        for way in bench.impls
-    } | {"all boards to the end": lambda: whole_batch(turn)}  # fmt: skip
-    if bench.cuda:
-        whole_batch(turn)  # compiles before the capture
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            turn()
-        forms["all boards to the end, CUDA graph"] = lambda: whole_batch(graph.replay)
-    bench.table(title, f"{count} boards", forms, lambda: ())
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description="Check and time every operation of this file against PyTorch.")
-    found = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", default=found, help="cuda, cuda:1, ... or cpu (default, as found: %(default)s)")
-    parser.add_argument("--smoke", action="store_true", help="tiny shapes, seconds; the times mean nothing")
-    where = "default results/kernels_<device>.json; none with --smoke"
-    parser.add_argument("--json", type=Path, metavar="FILE", help=where)
-    parts = {"decisions": benchmark_decisions, "history": benchmark_history, "losses": benchmark_losses}
-    whole = {"recurrence": benchmark_recurrence, "revision": benchmark_revision}
-    parser.add_argument("--only", choices=[*parts, *whole], help="time this part alone")
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}\n")  # one line, no usage
-    options = parser.parse_args()
-    cuda, name = options.device.split(":")[0] == "cuda" and torch.cuda.is_available(), "cpu"
-    if not cuda and options.device != "cpu":
-        print(f"kernels.py: error: device {options.device!r} is not there", file=sys.stderr)
-        return 2
-    torch.manual_seed(0)
-    if cuda:
-        torch.cuda.set_device(options.device)
-        name = torch.cuda.get_device_name().replace(" ", "-").lower()
-    print(which_path(options.device))
-    bench = Benchmark(options.device, options.smoke)
-    if not (cuda or options.smoke):
-        print(f"skipped, for a GPU alone: {', '.join(SHAPES)}, torch.compile, CUDA graphs, 4,096 boards")
-        if options.only is None:  # minutes, and no sparsity to gain
-            del parts["losses"]
-            print("skipped on CPU unless asked for by --only: losses")
-    for shape, sizes in (SMOKE_SHAPES if options.smoke else SHAPES if cuda else CPU_SHAPES).items():
-        for part, run in parts.items():
-            if options.only in (None, part):
-                run(bench, shape, *sizes)
-    for part, run in whole.items():
-        if options.only in (None, part):
-            run(bench)
-    versions = {"python": sys.version.split()[0], "torch": torch.__version__, "triton": triton and triton.__version__}
-    results = {
-        "device": name, "smoke": options.smoke, "threads": torch.get_num_threads(), "versions": versions,
-        "copy_bytes_per_second": bench.bandwidth, "flops_per_second": bench.rate, "rows": bench.rows,
-    }  # fmt: skip
-    path = options.json or (None if options.smoke else Path("results") / f"kernels_{name}.json")
-    if path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(results, indent=1) + "\n")
-        print(f"\nwrote {path}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
