@@ -3,126 +3,157 @@
 Equation 2 of "Multi-Turn Reflective Masking Elicits Reasoning in Mask Diffusion Models"
 (Zhang et al., 2026, arXiv 2606.16700), followed by an RMSNorm without weight:
 
-    a(t) = sum_{k=0..t}  gamma^(t-k) * R_(k-t) * wte(x(k))          the closed sum: history_embedding
-    a(t) = wte(x(t)) + gamma * R_(-1) * a(t-1)                      the same, O(1) a turn: HistoryReference
+    a(t) = sum_{k=0..t}  gamma^(t-k) * R_(k-t) * wte(x(k))     the closed sum: history_embedding
+    a(t) = wte(x(t)) + gamma * R_(-1) * a(t-1)                 the same, O(1): HistoryReference
 
-R_delta turns the pair of coordinates (j, j + D/2) by delta * 10000^(-2j/D) (History Embedding Rotation),
-so R_a R_b = R_(a+b) and a state's age stays readable from the sum.  Four variants, one formula:
-
-    plain RM, no history       gamma = 0
-    + HR                       gamma = 1,  rotate=False
-    + HR + decay               gamma < 1,  rotate=False
-    + HR + decay + HER         gamma < 1,  rotate=True       (the paper's full method)
-
-Differences from the paper's released code are listed in the README.  This file needs kernels.py and no other: copy
-the two out together.
+R_delta turns the pair of coordinates (j, j + D/2) by delta * 10000^(-2j/D) (History Embedding
+Rotation, HER), so R_a R_b = R_(a+b), and a state's age stays readable from the sum.  Four variants,
+one formula: gamma = 0 is plain RM without history; gamma = 1 without rotation "HR"; gamma < 1
+"decay"; with rotation "HER", the paper's full method.  kernels.py is what a GPU runs instead.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import check_history, check_ids, history_step, history_sum, rms_norm
+import kernels
+from kernels import check_history, check_ids, require, use_triton
 
 ABSENT = -1  # a token id that stands for "no state yet": it adds nothing to the sum
 
 
 def rotate_pairs(x: Tensor, delta: Tensor | float) -> Tensor:
-    """R_delta x: the pair (j, j + D/2) of the last axis turns by delta * 10000^(-2j/D) radians (HER).
+    """R_delta x: the pair (j, j + D/2) of the last axis turns by delta * 10000^(-2j/D) radians.
 
-    x: float [..., D], D even.  delta: a number, or float of a shape that broadcasts against x's [..., 1].
+    x: float [..., D], D even.  delta: a number, or a tensor that broadcasts against x's [..., 1].
     Returns x's shape and dtype.  Raises ValueError when D is odd.
     """
     width = x.shape[-1]
-    if width % 2:
-        raise ValueError(f"rotate_pairs: x must have an even last dimension, got shape {tuple(x.shape)}")
+    require(width % 2 == 0, f"x must have an even last dimension, got shape {[*x.shape]}")
     # Angles in float64: at age 1,000 a float32 angle has already lost four digits.
-    frequency = 10000.0 ** (-torch.arange(0, width, 2, dtype=torch.float64, device=x.device) / width)
+    pair = torch.arange(0, width, 2, dtype=torch.float64, device=x.device)
+    frequency = 10000.0 ** (-pair / width)
     angle = torch.as_tensor(delta, dtype=torch.float64, device=x.device) * frequency
-    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-    first, second = x[..., : width // 2], x[..., width // 2 :]
+    cos = angle.cos().to(x.dtype)
+    sin = angle.sin().to(x.dtype)
+    first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
 
 
+def wide(x: Tensor) -> Tensor:
+    """x in at least float32."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def rms_norm(a: Tensor) -> Tensor:
+    """RMSNorm without learned weight over the last axis."""
+    return F.rms_norm(a, a.shape[-1:], eps=1e-6)
+
+
 def history_embedding(
-    states: Tensor,
-    embedding: Tensor,
-    gamma: float = 0.9,
-    rotate: bool = True,
-    normalize: bool = True,
-    impl: str | None = None,
-) -> Tensor:
+    states: Tensor, embedding: Tensor, gamma: float = 0.9, rotate: bool = True,
+    normalize: bool = True, impl: str | None = None,
+) -> Tensor:  # fmt: skip
     """Eq. 2 as the closed sum; differentiable in the embedding; what training uses.
 
-    states: int64 [T+1, B, N], oldest first; the last is the current state.  A sequence with a shorter
-    history has ABSENT (-1) in its oldest states.  embedding: float [V, D].  gamma in [0, 1]; 0 reads the
-    current state alone.  rotate: History Embedding Rotation.  normalize: the RMSNorm after the sum.
-    impl: "torch", "triton" or None, which takes the fastest there is: for a small vocabulary a matrix product, else
-    kernels.history_sum, whose Triton kernel runs on a GPU.
-    Returns [B, N, D] in the embedding's dtype; sums in at least float32.  Raises ValueError on wrong shapes, a gamma
-    outside [0, 1] and, on CPU, ids that the embedding lacks.
+    states: int64 [T+1, B, N], oldest first, the current state last; ABSENT (-1) where a sequence
+    has a shorter history.  embedding: float [V, D].  gamma in [0, 1]; 0 reads the current state
+    alone.  rotate: HER.  normalize: the RMSNorm after the sum.  impl: "torch", "triton" or None,
+    which is triton on a GPU.
+    Returns [B, N, D] in the embedding's dtype; sums in at least float32.  Raises ValueError for
+    wrong shapes, gamma outside [0, 1], odd D with rotate and, on CPU, ids the embedding lacks.
     """
-    if states.ndim != 3 or not len(states):
-        raise ValueError(f"history_embedding: states must be [T+1, B, N] with T >= 0, got {tuple(states.shape)}")
-    states = states if gamma else states[-1:]
-    turns, vocabulary = len(states), len(embedding)
-    if impl == "triton" or vocabulary * turns > min(states[0].numel(), 512):
-        return history_sum(states, embedding, gamma, rotate, normalize, impl)
-
-    # Rotation and decay are linear: with a small vocabulary, age the V embeddings once a turn; the sum over turns is
-    # then one product of 0/1 indicators [B*N, (T+1)*V] with that table, ten times faster on a CPU than T+1 lookups
-    # and their scattered gradients.  On a GPU too, where those gradients would queue for the same V rows.
+    shape = [*states.shape]
+    require(states.ndim == 3 and len(states) > 0, f"states must be [T+1, B, N], got {shape}")
     check_history(embedding, gamma, rotate)
-    check_ids("states", states, None, embedding.device, ABSENT, vocabulary)
-    ages = torch.arange(turns - 1, -1, -1, device=states.device).view(-1, 1, 1)
-    table = embedding if embedding.dtype == torch.float64 else embedding.float()
-    table = rotate_pairs(table, -ages) if rotate else table.expand(turns, -1, -1)
-    table = (table * (gamma ** ages.double()).to(table.dtype)).flatten(0, 1)  # row k*V + v: token v at turn k, aged
-    columns = torch.where(states == ABSENT, len(table), states + vocabulary * ages.flip(0)).flatten(1).T
-    indicator = table.new_zeros(len(columns), len(table) + 1).scatter_(1, columns, 1)  # ABSENT: the last
-    with torch.autocast(table.device.type, enabled=False):  # not in bf16, whatever the caller's autocast says
-        total = (indicator[:, :-1] @ table).view(*states.shape[1:], -1)
+    check_ids("states", states, None, embedding.device, ABSENT, len(embedding))
+    if gamma == 0:
+        states = states[-1:]
+    few_tokens = len(states) * len(embedding) <= min(states[0].numel(), 512)
+    if use_triton(impl, embedding) and (impl == "triton" or not few_tokens):
+        return kernels.history_sum(states, embedding, gamma, rotate, normalize)
+
+    if few_tokens:
+        total = _small_vocabulary_sum(states, embedding, gamma, rotate)
+    else:
+        total = 0
+        for age, state in enumerate(states.flip(0)):  # age = t - k
+            term = wide(F.embedding(state.clamp(min=0), embedding))  # wte(x(k))
+            term = term * (state != ABSENT).unsqueeze(-1)
+            if rotate:
+                term = rotate_pairs(term, -age)
+            total = total + gamma**age * term  # Eq. 2
     return (rms_norm(total) if normalize else total).to(embedding.dtype)
 
 
-class HistoryReference:
-    """Eq. 2 by the recurrence: one [B, N, D] buffer and one addition a turn, however long the history.
+def _small_vocabulary_sum(states: Tensor, embedding: Tensor, gamma: float, rotate: bool) -> Tensor:
+    """The same sum as one product of 0/1 indicators with the table of all aged embeddings.
 
-    embedding: float [V, D] (not copied).  gamma, rotate, normalize: as for history_embedding.  impl: "torch",
-    "triton" or None, which is triton on a GPU.
-    After pushes of x(0), ..., x(t) the value returned equals history_embedding([x(0), ..., x(t)]).  No gradient.
+    Rotation and decay are linear, so V embeddings age once a turn instead of B*N: on a CPU ten
+    times faster than T+1 lookups and their scattered gradients.
+    """
+    turns, vocabulary = len(states), len(embedding)
+    ages = torch.arange(turns - 1, -1, -1, device=states.device).view(-1, 1, 1)
+    table = wide(embedding).expand(turns, -1, -1)
+    if rotate:
+        table = rotate_pairs(table, -ages)
+    table = (table * (gamma ** ages.double()).to(table.dtype)).flatten(0, 1)  # row k*V + v
+
+    row = states + vocabulary * ages.flip(0)
+    row = torch.where(states == ABSENT, len(table), row).flatten(1).T  # ABSENT: a column of its own
+    indicator = table.new_zeros(len(row), len(table) + 1).scatter_(1, row, 1)
+    with torch.autocast(table.device.type, enabled=False):  # float32 whatever the caller set
+        total = indicator[:, :-1] @ table
+    return total.view(*states.shape[1:], -1)
+
+
+class HistoryReference:
+    """Eq. 2 by the recurrence: one [B, N, D] buffer and one addition a turn, at any length.
+
+    embedding: float [V, D] (not copied).  gamma, rotate, normalize, impl: as in history_embedding.
+    After x(0), ..., x(t) are pushed the value returned equals history_embedding([x(0), ..., x(t)]).
+    No gradient.
     """
 
     def __init__(
-        self,
-        embedding: Tensor,
-        gamma: float = 0.9,
-        rotate: bool = True,
-        normalize: bool = True,
-        impl: str | None = None,
-    ):
+        self, embedding: Tensor, gamma: float = 0.9, rotate: bool = True,
+        normalize: bool = True, impl: str | None = None,
+    ):  # fmt: skip
         check_history(embedding, gamma, rotate)
-        self.embedding, self.gamma, self.rotate, self.normalize = embedding, gamma, rotate, normalize
+        self.embedding = embedding
+        self.gamma = gamma
+        self.rotate = rotate
+        self.normalize = normalize
         self.impl = impl
         self.sum: Tensor | None = None  # a(t-1) before the norm, at least float32
 
+    @torch.no_grad()
     def push(self, tokens: Tensor) -> Tensor:
         """Adds the state tokens, int64 [B, N]; returns a(t), [B, N, D] in the embedding's dtype.
 
         Raises ValueError when B or N differ from the last push (use keep or reset first).
         """
-        if self.sum is not None and self.sum.shape[:-1] != tokens.shape:
-            raise ValueError(f"push: tokens must be {tuple(self.sum.shape[:-1])}, got {tuple(tokens.shape)}")
-        # a(t) = wte(x(t)) + gamma R_(-1) a(t-1), and its norm
-        self.sum, read = history_step(
-            self.sum, tokens, self.embedding, self.gamma, self.rotate, self.normalize, self.impl
-        )
-        return read
+        expected = tokens.shape if self.sum is None else self.sum.shape[:-1]
+        check_ids("tokens", tokens, expected, self.embedding.device, 0, len(self.embedding))
+        past = self.sum if self.gamma else None
+        if use_triton(self.impl, self.embedding):
+            self.sum, read = kernels.history_step(
+                past, tokens, self.embedding, self.gamma, self.rotate, self.normalize
+            )
+            return read
+
+        a = wide(F.embedding(tokens, self.embedding))  # wte(x(t))
+        if past is not None:
+            turned = rotate_pairs(past, -1) if self.rotate else past
+            a = a + self.gamma * turned  # Eq. 2: a(t) = wte(x(t)) + gamma R_(-1) a(t-1)
+        self.sum = a
+        return (rms_norm(a) if self.normalize else a).to(self.embedding.dtype)
 
     def reset(self) -> None:
         """Forgets every state; the next push may have any shape."""
         self.sum = None
 
     def keep(self, rows: Tensor) -> None:
-        """Keeps the sequences that rows names (int64 indices or bool [B]); the others have finished."""
+        """Keeps the sequences that rows names (int64 indices or bool [B]); the rest have ended."""
         if self.sum is not None:
             self.sum = self.sum[rows]
