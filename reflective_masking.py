@@ -158,12 +158,12 @@ def revision_loss(
     if use_triton(impl, logits):
         parts = kernels.revision_cross_entropy(logits, target, role, weights, head, bias)
         return RevisionLoss(*parts)
+    check_ids("role", role, logits.shape[:-1], logits.device, IGNORE, 3)
     counted = role != IGNORE
     rows = logits[counted]
     if head is not None:
         check_head(head, bias, logits)
         rows = F.linear(rows, head, bias)
-    check_ids("role", role, logits.shape[:-1], logits.device, IGNORE, 3)
     check_ids("target", target, role.shape, logits.device, 0, rows.shape[-1], where=counted)
     loss = F.cross_entropy(wide(rows), target[counted].long(), reduction="none")
 
@@ -622,7 +622,7 @@ def train(
                 loss = revision_loss(logits, target, role, weights)
             gradient_norm = update(model, loss.total, role, optimization)
             if not gradient_norm.isfinite():
-                found = f"the loss is {float(loss.total)}, its gradient {float(gradient_norm)}"
+                found = f"the loss is {loss.total.item()}, its gradient {gradient_norm.item()}"
                 raise InputError(f"{found} at step {step + 1}")
             if own_states:
                 own.carry(rule(logits.detach(), states[-1], mask_id, editable))
@@ -1066,17 +1066,17 @@ class Options(argparse.ArgumentParser):
     def group(self, title: str, *modes: str) -> Callable[..., None]:
         group = self.add_argument_group(title)
 
-        def add(*names: str, **keywords) -> None:
+        def add(*names: str, modes: tuple[str, ...] = modes, **keywords) -> None:
             group.add_argument(*names, **keywords).modes = modes
 
         return add
 
-    def general(self, out: str, seed: str = "of training (default 0)") -> None:
-        """The options that every script has."""
+    def general(self, out: str, seed: str = "of training", out_modes=(), seed_modes=()) -> None:
+        """The options that every script has; out, seed and their modes differ."""
         add = self.group("general")
-        add("--seed", type=number(int, 0, 2**31), default=0, help=seed)
+        add("--seed", type=number(int, 0, 999_999), default=0, modes=seed_modes, help=f"{seed} (default 0)")
         add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
-        add("--out", type=Path, metavar="DIR", help=f"where files go (default {out})")
+        add("--out", type=Path, metavar="DIR", modes=out_modes, help=f"default {out}")
         add("--json", type=Path, metavar="FILE", help="also write the result as JSON")
         add("--smoke", action="store_true", help="everything tiny, in seconds, to see that it runs")
 
