@@ -84,14 +84,9 @@ def check_floating(name: str, x: Tensor) -> None:
 
 
 def check_ids(
-    name: str,
-    ids: Tensor,
-    shape: torch.Size | None,
-    device: torch.device,
-    low: int,
-    size: int,
+    name: str, ids: Tensor, shape: torch.Size | None, device: torch.device, low: int, size: int,
     where: Tensor | None = None,
-) -> None:
+) -> None:  # fmt: skip
     """int32 or int64, of a shape, on a device; on CPU also low <= ids < size (there, if given)."""
     is_integer = ids.dtype in (torch.int32, torch.int64)
     require(is_integer, f"{name} must be int32 or int64, got {ids.dtype}")
@@ -109,13 +104,12 @@ def check_ids(
 def check_head(head: Tensor, bias: Tensor | None, x: Tensor) -> None:
     """The output weight [V, D] and its bias [V] or None, of the dtype and device of x [..., D]."""
     kind = x.dtype, x.device
-    fits = head.ndim == 2 and x.ndim and (head.shape[1], head.dtype, head.device) == (x.shape[-1], *kind)
-    got = f"{[*head.shape]}, {head.dtype} on {head.device}"
-    require(fits, f"head must be [V, D], D, dtype and device as of hidden {[*x.shape]}, {kind}, got {got}")
+    fits = head.ndim == 2 and head.shape[1:] == x.shape[-1:] and (head.dtype, head.device) == kind
+    want = f"[V, {[*x.shape][-1:]}], {x.dtype} on {x.device} as hidden is"
+    require(fits, f"head must be {want}, got {[*head.shape]}, {head.dtype} on {head.device}")
     if bias is not None:
         fits = bias.shape == head.shape[:1] and (bias.dtype, bias.device) == kind
-        got = f"{[*bias.shape]}, {bias.dtype} on {bias.device}"
-        require(fits, f"bias must be [{len(head)}], {x.dtype} on {x.device}, got {got}")
+        require(fits, f"bias must be [{len(head)}] and as head is, got {[*bias.shape]}")
 
 
 def check_decision(
@@ -211,18 +205,9 @@ def _exp(x):  # tl.exp has three guard instructions more
 
 @jit
 def _scan(
-    line,
-    wanted,
-    start,
-    end,
-    vocabulary,
-    mask_id,
-    stride,
-    HAS_MASK: tl.constexpr,
-    GROUP: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+    line, wanted, start, end, vocabulary, mask_id, stride,
+    HAS_MASK: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     # The states of columns [start, end) of the rows at the pointers line [ROWS]; rows that are not
     # wanted load nothing.  Every group of GROUP columns, which one thread loads at once, has a
     # state of its own, so the loop has no reduction across threads.  Instead of an id a state
@@ -242,9 +227,11 @@ def _scan(
     for begin in range(start, end, COLUMNS):
         column = begin + tl.arange(0, COLUMNS)[None, :]
         use = wanted[:, None] & (column < vocabulary)
+        if HAS_MASK and GROUP == 1:
+            use &= column != mask_id
         at = line[:, None] + column.to(tl.int64) * stride
         x = tl.load(at, mask=use, other=-float("inf")).to(tl.float32)
-        if HAS_MASK:
+        if HAS_MASK and GROUP > 1:
             if (begin <= mask_id) & (mask_id < begin + COLUMNS):
                 x = tl.where(column == mask_id, -float("inf"), x)
 
@@ -302,6 +289,14 @@ def _log_p(top, rest):  # -log1p(rest), the log-probability of best
 
 
 @jit
+def _lines(logits, row, length, stride_b, stride_n):
+    # Pointers to rows.  Divided in 32 bits, as 64 are a subroutine that spills; N * V passes 2^31.
+    row = row.to(tl.int32)
+    batch = (row // length).to(tl.int64)
+    return logits + batch * stride_b + (row % length).to(tl.int64) * stride_n
+
+
+@jit
 def _positions(
     rows, tokens, editable, count, INDEXED: tl.constexpr, LOCKS: tl.constexpr, ROWS: tl.constexpr
 ):  # index in the list of rows, whether it exists, its position, the token there, may it change
@@ -351,7 +346,7 @@ def _decide_kernel(
         rows, tokens, editable, count, INDEXED, LOCKS, ROWS
     )
     masked = free & (token == mask_id)
-    line = logits + (index // length) * stride_b + (index % length) * stride_n  # int64
+    line = _lines(logits, index, length, stride_b, stride_n)
     part = tl.program_id(1)
     if VISIBLE:
         if part == 0:
@@ -514,6 +509,7 @@ def decide_from_logits(
 
 FUSED_ROWS = 64  # one row tile; beyond, the library's product is faster
 DENSE_VOCABULARY = 1024  # so few columns: multiply all rows, and do not wait for a row count
+HEAD_COLUMNS = 128  # of a tile of the fused kernel
 
 
 @jit(do_not_specialize=["count"])
@@ -597,7 +593,7 @@ def _reveal_fused(hidden, head, bias, rows, tokens, editable, mask_id, decision)
     tile = 16 if count <= 16 else 32
     if count > 32 and hidden.dtype.itemsize == 2:
         tile = 64
-    columns = max(16, min(128, triton.next_power_of_2(vocabulary)))
+    columns = max(16, min(HEAD_COLUMNS, triton.next_power_of_2(vocabulary)))
     chunks = triton.cdiv(vocabulary, columns)  # V = 126464: 988 programs for 132 multiprocessors
     states = _new_states(count, chunks, head.device)
     _launch(
@@ -619,15 +615,10 @@ def _block_rows(row_bytes: int) -> int:
 
 @torch.no_grad()
 def decide_from_hidden(
-    hidden: Tensor,
-    head: Tensor,
-    tokens: Tensor,
-    mask_id: int,
-    editable: Tensor | None = None,
-    bias: Tensor | None = None,
-    max_masked: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Eq. 1 from hidden states; logits, hidden @ head.T + bias, are formed at masked positions only.
+    hidden: Tensor, head: Tensor, tokens: Tensor, mask_id: int, editable: Tensor | None = None,
+    bias: Tensor | None = None, max_masked: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Eq. 1 from hidden states; logits = hidden @ head.T + bias exist at masked positions only.
 
     hidden: float [..., D].  head: the output weight [V, D], bias: [V]; same dtype and device.
     tokens, mask_id, editable and what is returned: as in decide_from_logits, NaN and ties too.
@@ -758,9 +749,10 @@ def _history_kernel(
     v = tl.zeros([ROWS, HALF], tl.float32)
     if PAST:
         u, v = _load_halves(past + offset, column, half, width, inside)
-    for turn in range(0, turns):  # oldest first
-        token = tl.load(states + turn.to(tl.int64) * count + row, mask=inside, other=-1)
-        token = token.to(tl.int64)
+    state = states + row
+    for _ in range(0, turns):  # oldest first
+        token = tl.load(state, mask=inside, other=-1).to(tl.int64)
+        state += count
         use = (token >= 0) & (token < vocabulary)  # else it adds nothing
         p, q = _load_halves(embedding + token[:, None] * width, column, half, width, use)
         if ROTATE:
@@ -776,9 +768,9 @@ def _history_kernel(
         if NORMALIZE:  # y = a r: da = r (g - y mean(g y))
             mean = ((tl.sum(p * u, 1) + tl.sum(q * v, 1)) / width)[:, None]
             p, q = scale * (p - u * mean), scale * (q - v * mean)
-        for age in range(0, turns):
-            turn = (turns - 1 - age).to(tl.int64)
-            token = tl.load(states + turn * count + row, mask=inside, other=-1).to(tl.int64)
+        for _ in range(0, turns):  # latest first
+            state -= count
+            token = tl.load(state, mask=inside, other=-1).to(tl.int64)
             use = ((token >= 0) & (token < vocabulary))[:, None]
             line = table_out + token[:, None] * width + column
             tl.atomic_add(line, p, mask=use & (column < half), sem="relaxed")
@@ -791,7 +783,7 @@ def _history_kernel(
 
 
 def _run_history(states, embedding, gamma, rotate, normalize, past=None, keep=False, gradient=None):
-    """(a(t) in float32 where keep is on, what is read); given what is read's gradient, the table's."""
+    """(a(t), kept on demand, what is read); or, given the gradient of that, the embedding's."""
     count, (vocabulary, width), device = states[0].numel(), embedding.shape, embedding.device
     cos, sin = _angles(width, device)
     total, read, table = None, None, None
@@ -832,13 +824,9 @@ class _HistorySum(torch.autograd.Function):
 
 @torch.no_grad()
 def history_step(
-    a: Tensor | None,
-    tokens: Tensor,
-    embedding: Tensor,
-    gamma: float = 0.9,
-    rotate: bool = True,
+    a: Tensor | None, tokens: Tensor, embedding: Tensor, gamma: float = 0.9, rotate: bool = True,
     normalize: bool = True,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Eq. 2, one turn: (a(t), what the model reads), a(t) = wte(x(t)) + gamma R_(-1) a(t-1).
 
     a: a(t-1), float32 [..., D], or None at the first turn.  tokens: int32 or int64 [...].
@@ -861,12 +849,9 @@ def history_step(
 
 
 def history_sum(
-    states: Tensor,
-    embedding: Tensor,
-    gamma: float = 0.9,
-    rotate: bool = True,
+    states: Tensor, embedding: Tensor, gamma: float = 0.9, rotate: bool = True,
     normalize: bool = True,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Eq. 2 as the closed sum over states x(0), ..., x(t), with its gradient to the embedding.
 
     states: int32 or int64 [t+1, ...], oldest first; -1 where a sequence has no state yet, which
@@ -899,28 +884,17 @@ CHUNK_ROWS = 2048  # enough for full matrix products; 2,048 rows of V = 126464 i
 CHUNK_BYTES = 2**26  # more rows while their logits are under 64 MiB: a small V is one chunk
 
 
-@jit
-def _counted_rows(rows, role, count, INDEXED: tl.constexpr, ROWS: tl.constexpr):
-    index = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    inside = index < count
-    row = index
-    if INDEXED:
-        row = tl.load(rows + index, mask=inside, other=0).to(tl.int64)
-    kind = tl.load(role + row, mask=inside, other=-1)
-    return index, inside, row, kind
-
-
 @jit(do_not_specialize=["count", "length"])
 def _nll_kernel(
-    logits, rows, target, role, loss_out, lse_out,
+    logits, target, role, loss_out, lse_out,
     count, length, stride_b, stride_n, stride_v, vocabulary,
-    INDEXED: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    # Grid: one program per ROWS rows; rows to ignore load nothing.  The scan of Eq. 1, without
-    # MASK.  INDEXED: logits and lse_out are those of the positions in rows.
-    index, inside, row, kind = _counted_rows(rows, role, count, INDEXED, ROWS)
-    counted = kind >= 0
-    line = logits + (index // length) * stride_b + (index % length) * stride_n
+    # Grid: one program per ROWS rows; rows to ignore load nothing.  The scan of Eq. 1, no MASK.
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    inside = row < count
+    counted = tl.load(role + row, mask=inside, other=-1) >= 0
+    line = _lines(logits, row, length, stride_b, stride_n)
     top, _, rest = _scan(
         line, counted, 0, vocabulary, vocabulary, -1, stride_v, False, GROUP, ROWS, COLUMNS
     )
@@ -929,78 +903,72 @@ def _nll_kernel(
     fits = counted & (goal >= 0) & (goal < vocabulary)
     at_goal = tl.load(line + goal * stride_v, mask=fits, other=float("nan")).to(tl.float32)
     tl.store(loss_out + row, tl.where(counted, lse - at_goal, 0.0), mask=inside)
-    tl.store(lse_out + index, lse, mask=inside)
+    tl.store(lse_out + row, lse, mask=inside)
+
+
+@jit
+def _of_role(kind, reveal, remask, keep):
+    return tl.where(kind == 0, reveal, tl.where(kind == 1, remask, keep))
 
 
 @jit(do_not_specialize=["count"])
-def _parts_kernel(
-    loss, role, out, count, reveal_weight, remask_weight, keep_weight, BLOCK: tl.constexpr
-):
-    # One program, so the order of the additions is always the same.  Out: total, the three parts,
-    # the number of positions with a role.  12 bytes a position: 10 us for 40,000.
-    reveal = tl.zeros([BLOCK], tl.float32)
-    remask = tl.zeros([BLOCK], tl.float32)
-    keep = tl.zeros([BLOCK], tl.float32)
+def _parts_kernel(loss, role, out, count, reveal, remask, keep, BLOCK: tl.constexpr):
+    # One program, so the order of additions is always the same; 12 bytes a position, 10 us for
+    # 40,000.  Out: total, the three parts, the number of positions with a role.
+    kinds = tl.arange(0, 4)
+    sums = tl.zeros([4, BLOCK], tl.float32)
     number = tl.zeros([BLOCK], tl.int32)
     for start in range(0, count, BLOCK):
         at = start + tl.arange(0, BLOCK)
         kind = tl.load(role + at, mask=at < count, other=-1)
         x = tl.load(loss + at, mask=(at < count) & (kind >= 0), other=0.0)
-        reveal += tl.where(kind == 0, x, 0.0)
-        remask += tl.where(kind == 1, x, 0.0)
-        keep += tl.where(kind == 2, x, 0.0)
+        sums += tl.where(kind[None, :] == kinds[:, None], x[None, :], 0.0)
         number += (kind >= 0).to(tl.int32)
     counted = tl.maximum(tl.sum(number, 0), 1).to(tl.float32)
-    reveal_part = tl.sum(reveal, 0) / counted
-    remask_part = tl.sum(remask, 0) / counted
-    keep_part = tl.sum(keep, 0) / counted
-    total = reveal_weight * reveal_part + remask_weight * remask_part + keep_weight * keep_part
-    tl.store(out, total)
-    tl.store(out + 1, reveal_part)
-    tl.store(out + 2, remask_part)
-    tl.store(out + 3, keep_part)
-    tl.store(out + 4, counted)
+    parts = tl.sum(sums, 1) / counted
+    weighted = tl.where(kinds < 3, parts * _of_role(kinds, reveal, remask, keep), 0.0)
+    tl.store(out, tl.sum(weighted, 0))
+    tl.store(out + 1 + kinds, tl.where(kinds < 3, parts, counted))
 
 
 @jit(do_not_specialize=["count", "length"])
 def _nll_gradient_kernel(
-    logits, rows, target, role, lse, upstream, sums, out,
-    count, length, stride_b, stride_n, stride_v, vocabulary,
-    reveal_weight, remask_weight, keep_weight,
-    INDEXED: tl.constexpr, SCALED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    logits, target, role, lse, upstream, sums, out,
+    count, length, stride_b, stride_n, stride_v, vocabulary, reveal, remask, keep,
+    SCALED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     # Grid: (row tiles, column tiles), element by element, so out may be logits itself.
-    index, inside, row, kind = _counted_rows(rows, role, count, INDEXED, ROWS)
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    inside = row < count
+    kind = tl.load(role + row, mask=inside, other=-1)
     counted = kind >= 0
     goal = tl.load(target + row, mask=inside, other=-1)
-    shift = tl.load(lse + index, mask=inside, other=0.0)
-    weight = tl.where(kind == 1, remask_weight, keep_weight)
-    weight = tl.where(kind == 0, reveal_weight, weight)
+    shift = tl.load(lse + row, mask=inside, other=0.0)
+    weight = _of_role(kind, reveal, remask, keep)
     if SCALED:
         weight *= tl.load(upstream).to(tl.float32) / tl.load(sums + 4)
-    line = logits + (index // length) * stride_b + (index % length) * stride_n
+    line = _lines(logits, row, length, stride_b, stride_n)
     use = counted[:, None] & (column < vocabulary)
     at = line[:, None] + column.to(tl.int64) * stride_v
     x = tl.load(at, mask=use, other=0.0).to(tl.float32)
     slope = _exp(x - shift[:, None]) - tl.where(column == goal[:, None], 1.0, 0.0)  # p - onehot
     slope = tl.where(counted[:, None], weight[:, None] * slope, 0.0)
-    at = out + index[:, None] * vocabulary + column
+    at = out + row[:, None] * vocabulary + column
     tl.store(at, slope, mask=inside[:, None] & (column < vocabulary))
 
 
-def _nll(logits, rows, target, role, loss) -> Tensor:
-    """Writes -log p(target) to loss, 0 where the role is IGNORE; returns log sum exp a row."""
+def _nll(logits, target, role) -> tuple[Tensor, Tensor]:
+    """(-log p(target), 0 where the role is IGNORE; log sum exp of every row)."""
     x, walk, group = _walk(logits)
     tile, columns, warps = _tile(walk[-1])
-    count = x.shape[0] * x.shape[1]
-    lse = torch.empty(count, dtype=torch.float32, device=x.device)
+    loss, lse = torch.empty(2, *role.shape, dtype=torch.float32, device=x.device)
     _launch(
-        _nll_kernel, (triton.cdiv(count, tile),),
-        x, role if rows is None else rows, target, role, loss, lse, count, *walk,
-        INDEXED=rows is not None, GROUP=group, ROWS=tile, COLUMNS=columns, num_warps=warps,
+        _nll_kernel, (triton.cdiv(role.numel(), tile),),
+        x, target, role, loss, lse, role.numel(), *walk,
+        GROUP=group, ROWS=tile, COLUMNS=columns, num_warps=warps,
     )  # fmt: skip
-    return lse
+    return loss, lse
 
 
 def _parts(loss, role, weights) -> Tensor:
@@ -1008,22 +976,19 @@ def _parts(loss, role, weights) -> Tensor:
     out = torch.zeros(5, dtype=torch.float32, device=loss.device)
     _launch(
         _parts_kernel, (min(1, role.numel()),), loss, role, out, role.numel(), *weights,
-        BLOCK=4096 if role.numel() > 1024 else 1024, num_warps=8,
+        BLOCK=2048, num_warps=8,
     )  # fmt: skip
     return out
 
 
-def _nll_gradient(logits, rows, target, role, lse, weights, out, scale=None) -> Tensor:
+def _nll_gradient(logits, target, role, lse, weights, out, scale=None) -> Tensor:
     """Writes weights[role] (p - onehot) to out, times upstream / number where scale has the two."""
     x, walk, _ = _walk(logits)
     tile, columns, warps = _tile(walk[-1])
-    count = x.shape[0] * x.shape[1]
     _launch(
-        _nll_gradient_kernel, (triton.cdiv(count, tile), triton.cdiv(walk[-1], columns)),
-        x, role if rows is None else rows, target, role, lse, *(scale or (lse, lse)), out,
-        count, *walk, *weights,
-        INDEXED=rows is not None, SCALED=scale is not None, ROWS=tile, COLUMNS=columns,
-        num_warps=warps,
+        _nll_gradient_kernel, (triton.cdiv(role.numel(), tile), triton.cdiv(walk[-1], columns)),
+        x, target, role, lse, *(scale or (lse, lse)), out, role.numel(), *walk, *weights,
+        SCALED=scale is not None, ROWS=tile, COLUMNS=columns, num_warps=warps,
     )  # fmt: skip
     return out
 
@@ -1031,8 +996,7 @@ def _nll_gradient(logits, rows, target, role, lse, weights, out, scale=None) -> 
 class _CrossEntropy(torch.autograd.Function):  # from logits
     @staticmethod
     def forward(ctx, logits, target, role, *weights):
-        loss = torch.empty(role.shape, dtype=torch.float32, device=role.device)
-        lse = _nll(logits, None, target, role, loss)
+        loss, lse = _nll(logits, target, role)
         sums = _parts(loss, role, weights)
         ctx.save_for_backward(logits, target, role, lse, sums)
         ctx.weights = weights
@@ -1044,8 +1008,7 @@ class _CrossEntropy(torch.autograd.Function):  # from logits
     def backward(ctx, upstream, _):
         logits, target, role, lse, sums = ctx.saved_tensors
         out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-        scale = upstream, sums
-        _nll_gradient(logits, None, target, role, lse, ctx.weights, out, scale)
+        _nll_gradient(logits, target, role, lse, ctx.weights, out, scale=(upstream, sums))
         return out, None, None, None, None, None
 
 
@@ -1062,10 +1025,11 @@ class _HeadCrossEntropy(torch.autograd.Function):  # from hidden states [N, D], 
         for rows in (role != IGNORE).nonzero().squeeze(1).split(chunk):  # waits for the device
             x = hidden[rows]
             logits = F.linear(x, head, bias)
-            lse = _nll(logits, rows, target, role, loss)
+            goal, kind = target[rows], role[rows]
+            loss[rows], lse = _nll(logits, goal, kind)
             if any(needs):
                 # logits becomes w[role] (p - onehot).  1/number comes last: fp16 would lose it.
-                _nll_gradient(logits, rows, target, role, lse, weights, out=logits)
+                _nll_gradient(logits, goal, kind, lse, weights, out=logits)
             if needs[0]:
                 grads[0][rows] = logits @ head
             if needs[1]:
@@ -1087,13 +1051,9 @@ class _HeadCrossEntropy(torch.autograd.Function):  # from hidden states [N, D], 
 
 
 def revision_cross_entropy(
-    inputs: Tensor,
-    target: Tensor,
-    role: Tensor,
-    weights: tuple[float, float, float] = (1, 1, 1),
-    head: Tensor | None = None,
-    bias: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    inputs: Tensor, target: Tensor, role: Tensor, weights: tuple[float, float, float] = (1, 1, 1),
+    head: Tensor | None = None, bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Cross-entropy to the oracle action by role: (total, reveal, remask, keep), scalars in nats.
 
     inputs: logits float [..., V]; or, with head, the output weight [V, D], and bias [V] or None,
