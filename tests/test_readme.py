@@ -88,7 +88,8 @@ def test_every_file_that_a_page_names_exists(page):
     here = (ROOT / page).parent
     prose = re.sub(r"```.*?```", "", PAGES[page], flags=re.S)
     links = re.findall(r"\]\(([\w./]+)\)", prose)
-    named = re.findall(r"\b(?:checkpoints|results|tests)/\w+\.\w+|(?<!/)\b\w+\.py\b", PAGES[page])
+    path = r"\b(?:checkpoints|results|tests)/\w+\.\w+|(?<!/)\b\w+\.py\b"
+    named = re.findall(path, PAGES[page])
     missing = [name for name in links if not (here / name).exists()]
     missing += [name for name in named if not (ROOT / name).exists()]
     assert not missing and "@@" not in PAGES[page]
@@ -99,7 +100,9 @@ def test_records_are_few_and_named_in_the_pages():
     named = {name for page in PAGES.values() for name in re.findall(r"\b\w+\.json\b", page)}
     assert len(records) <= 30
     assert not records - named, "records that no page names"
-    figures = {path.name for path in (ROOT / "results").iterdir() if path.suffix in (".png", ".gif")}
+    figures = {
+        path.name for path in (ROOT / "results").iterdir() if path.suffix in (".png", ".gif")
+    }
     assert not [name for name in figures if not any(name in page for page in PAGES.values())]
 
 
