@@ -1,118 +1,125 @@
-"""Task 1: Sudoku revision.  A solved 9x9 board has 4 to 20 cells replaced by wrong digits; which ones, nobody says.
-The model re-masks what it doubts, reveals again, and stops when nothing changes.
+"""Task 1: Sudoku revision.  A solved 9x9 board has 4 to 20 cells replaced by wrong digits; which
+ones, nobody says.  The model re-masks what it doubts, reveals again, stops when nothing changes.
 
-    python train_sudoku.py                           train the full variant, evaluate, draw
-    python train_sudoku.py --variant all             every model of the README's tables; resumes where it stopped
-    python train_sudoku.py --evaluate                score the shipped checkpoint on 2,000 boards
-    python train_sudoku.py --study all               the figures of the README
-    python train_sudoku.py --revise BOARD            watch it repair a board; --solve PUZZLE locks the clues
+    python train_sudoku.py                   train the full variant, evaluate, draw
+    python train_sudoku.py --variant all     every model of the tables; resumes where it stopped
+    python train_sudoku.py --evaluate        score the shipped checkpoint on 2,000 boards
+    python train_sudoku.py --study all       accuracy against turns and wrong cells; calibration
+    python train_sudoku.py --revise BOARD    watch it repair a board
+    python train_sudoku.py --solve PUZZLE    the same with the clues locked; --puzzles FILE scores
 
-Reading order: boards, metrics, training data, baselines, evaluation, training, studies, figures, command line.
-Tokens: MASK is 0, a digit is itself.  Differences from the paper: the training data (see sample_batch) and the
-settings in TRAINING are ours, the paper states none; any cell may be re-masked, as in the paper, unless --solve.
+Reading order: boards, metrics, training data, baselines, evaluation, training, studies, pictures,
+files and command line.  Tokens: MASK is 0, a digit is itself.
+What differs from the paper: it states neither its training data nor its settings, so sample_batch,
+own states and the constants are ours.  As there, any cell may be re-masked, except in --solve.
 """
 
-import argparse
-import json
 import math
 import random
-import sys
+import re
 import time
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, fields
+from functools import cache, partial
+from itertools import islice
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import reflective_masking as rm
 from history import HistoryReference
-from reflective_masking import InputError, MaskDiffusionTransformer, TransformerConfig
+from reflective_masking import InputError
 
-HERE = Path(__file__).parent
 MASK = 0
 DIGITS = torch.arange(1, 10)
-PAPER = {  # exact %, valid %, replay mistake %, conflict cells: Table of arXiv 2606.16700
+PAPER = {  # exact %, valid %, replay mistake %, conflict cells: its Sudoku table
     "rm": (82.4, 86.6, 0.57, 0.578),
     "hr": (91.4, 91.8, 0.07, 0.300),
     "decay": (89.4, 89.6, 0.07, 0.362),
     "full": (93.4, 93.6, 0.03, 0.236),
 }
-GAMMA = 0.9  # the paper does not state it; --study gamma sweeps it
-VARIANTS = {  # gamma, rotate: four settings of Eq. 2
+VARIANTS = {  # gamma, rotate: four settings of Eq. 2; the paper does not state its gamma
     "rm": (0.0, False),
     "hr": (1.0, False),
-    "decay": (GAMMA, False),
-    "full": (GAMMA, True),
+    "decay": (0.9, False),
+    "full": (0.9, True),
     "plain": (0.0, False),  # plain mask diffusion, trained on masks alone: the baselines' network
-    "direct": (0.0, False),  # RM's states, but every cell's target is the truth: no MASK action, no re-masking
+    "direct": (0.0, False),  # RM's states, but the target is always the truth: no MASK action
 }
-TRAINING = dict(batch_size=64, learning_rate=2.5e-3)
-TEST_SEED, VALIDATION_SEED = 1_000_000, 2_000_000  # training boards use the seeds below a million
+TRAINING = {"batch_size": 64, "learning_rate": 2.5e-3}
+TASK = (4, 20)  # wrong cells of a board in the paper's task
+TEST_SEED, VALIDATION_SEED = 1_000_000, 2_000_000  # training boards use the seeds below
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Boards
 
 
-def random_board(rng: random.Random) -> list[int]:
-    """A random complete board, 81 digits: backtracking that fills the most constrained cell first, about 1 ms."""
-    board, rows, columns, boxes = [0] * 81, [0] * 9, [0] * 9, [0] * 9  # digits in use, as bits
-    place = [(cell // 9, cell % 9, cell // 27 * 3 + cell % 9 // 3) for cell in range(81)]
+def units_of(tokens: Tensor) -> Tensor:
+    """The rows, columns and boxes: [..., 81] -> [..., 27, 9]."""
+    grid = tokens.unflatten(-1, (9, 9))
+    boxes = tokens.unflatten(-1, (3, 3, 3, 3)).transpose(-3, -2).flatten(-4, -3).flatten(-2)
+    return torch.cat([grid, grid.transpose(-1, -2), boxes], dim=-2)
 
-    def fill(empty: list[int]) -> bool:
-        if not empty:
+
+MEMBERS = F.one_hot(units_of(torch.arange(81)), 81).sum(1)  # [27 units, 81 cells]
+PEERS = (MEMBERS.T @ MEMBERS > 0) & ~torch.eye(81, dtype=torch.bool)  # [81, 81]: share a unit
+PEERS_OF = [set(row.nonzero().flatten().tolist()) for row in PEERS]
+
+
+def random_board(rng: random.Random) -> list[int]:
+    """A random complete board, 81 digits: backtracking, the most constrained cell first; 2 ms."""
+    board = [MASK] * 81
+
+    def fill(left: dict[int, set[int]]) -> bool:  # empty cell -> the digits its peers leave
+        if not left:
             return True
-        fewest = 10
-        for cell in empty:
-            row, column, box = place[cell]
-            free = 0x1FF & ~(rows[row] | columns[column] | boxes[box])
-            if free.bit_count() < fewest:
-                fewest, chosen, options = free.bit_count(), cell, free
-                if fewest < 2:
-                    break
-        row, column, box = place[chosen]
-        digits = [digit for digit in range(9) if options >> digit & 1]
+        cell = min(left, key=lambda cell: len(left[cell]))
+        digits = sorted(left[cell])
         rng.shuffle(digits)
-        rest = [cell for cell in empty if cell != chosen]
+        others = {other: options for other, options in left.items() if other != cell}
         for digit in digits:
-            for used, index in ((rows, row), (columns, column), (boxes, box)):
-                used[index] ^= 1 << digit
-            board[chosen] = digit + 1
-            if fill(rest):
+            board[cell] = digit
+            peers = {peer: others[peer] - {digit} for peer in PEERS_OF[cell] if peer in others}
+            if fill(others | peers):
                 return True
-            for used, index in ((rows, row), (columns, column), (boxes, box)):
-                used[index] ^= 1 << digit
         return False
 
     cells = list(range(81))
     rng.shuffle(cells)
-    fill(cells)
+    fill({cell: set(range(1, 10)) for cell in cells})
     return board
 
 
+@cache  # 10,000 boards take 20 seconds, and --variant all asks ten times
 def random_boards(count: int, seed: int) -> Tensor:
-    """count complete boards of the randomised solver, int64 [count, 81]; the same for the same seed."""
+    """count complete boards, int64 [count, 81]; a longer list of the same seed begins alike."""
     rng = random.Random(seed)
     return torch.tensor([random_board(rng) for _ in range(count)])
 
 
 def shuffle_symmetries(boards: Tensor, generator: torch.Generator) -> Tensor:
-    """Each board under a random symmetry of Sudoku: digits, bands, stacks, rows, columns, transpose.
+    """Each board under a random symmetry of Sudoku: bands, stacks, lines, transpose, digits.
 
-    boards: int64 [B, 81], MASK allowed.  Returns int64 [B, 81].
+    boards: int64 [B, 81], MASK allowed, on the generator's device.  Returns int64 [B, 81].
     """
-    batch, device = len(boards), boards.device
-    rand = partial(torch.rand, generator=generator, device=device)
+    batch = len(boards)
+    uniform = partial(torch.rand, generator=generator, device=boards.device)
 
-    def lines() -> Tensor:  # an order of the nine rows that keeps the bands together
-        band, within = rand(batch, 3, 1).argsort(1), rand(batch, 3, 3).argsort(-1)
+    def line_order() -> Tensor:  # int64 [B, 9]: nine rows or columns, bands kept together
+        band = uniform(batch, 3, 1).argsort(1)  # any order of the three bands
+        within = uniform(batch, 3, 3).argsort(-1)  # and of the three lines of each
         return (band * 3 + within).view(batch, 9)
 
-    each = torch.arange(batch, device=device).view(-1, 1, 1)
-    grid = boards.view(-1, 9, 9)[each, lines().unsqueeze(2), lines().unsqueeze(1)]
-    grid = torch.where(rand(batch, 1, 1) < 0.5, grid, grid.transpose(1, 2)).reshape(batch, 81)
-    digits = torch.cat([grid.new_zeros(batch, 1), rand(batch, 9).argsort(-1) + 1], dim=1)
-    return digits.gather(1, grid)
+    rows = line_order().unsqueeze(2)
+    columns = line_order().unsqueeze(1)
+    board = torch.arange(batch, device=boards.device).view(-1, 1, 1)
+    grid = boards.view(-1, 9, 9)[board, rows, columns]
+    upright = uniform(batch, 1, 1) < 0.5  # half are transposed
+    grid = torch.where(upright, grid, grid.transpose(1, 2)).reshape(batch, 81)
+    digits = uniform(batch, 9).argsort(-1) + 1  # any order of the nine digits
+    return F.pad(digits, (1, 0)).gather(1, grid)  # MASK, 0, stays MASK
 
 
 def choose_cells(batch: int, low: int, high: int, generator: torch.Generator) -> Tensor:
@@ -124,130 +131,115 @@ def choose_cells(batch: int, low: int, high: int, generator: torch.Generator) ->
 
 
 def corrupt(clean: Tensor, low: int, high: int, seed: int) -> Tensor:
-    """The task's input: low to high cells of each board replaced by wrong digits, uniform over the eight others.
-
-    clean: int64 [B, 81].  Returns int64 [B, 81]; the same for the same seed.
-    """
+    """The task's input, int64 [B, 81]: low to high cells get one of the eight wrong digits."""
     generator = torch.Generator().manual_seed(seed)
     cells = choose_cells(len(clean), low, high, generator)
-    return torch.where(cells, rm.uniform_wrong(clean, DIGITS, 1, generator)[0], clean)
+    wrong = rm.uniform_wrong(clean, DIGITS, 1, generator)[0]
+    return torch.where(cells, wrong, clean)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The paper's four metrics
-
-
-def _units(tokens: Tensor) -> Tensor:
-    """[..., 81] -> [..., 27, 9]: the rows, columns and boxes."""
-    grid = tokens.unflatten(-1, (9, 9))
-    boxes = grid.unflatten(-1, (3, 3)).unflatten(-3, (3, 3)).transpose(-3, -2).flatten(-4, -3).flatten(-2)
-    return torch.cat([grid, grid.transpose(-1, -2), boxes], dim=-2)
-
-
-CELL_UNITS = _units(torch.arange(81))  # [27, 9] cell numbers
-PEERS = torch.zeros(81, 81, dtype=torch.bool)  # same row, column or box, not the cell itself
-for unit in CELL_UNITS:
-    PEERS[unit.unsqueeze(1), unit.unsqueeze(0)] = True
-PEERS.fill_diagonal_(False)
-
-
-def is_exact(tokens: Tensor, clean: Tensor) -> Tensor:
-    """Every cell equals the ground truth: bool [B] of int64 [B, 81] each."""
-    return (tokens == clean).all(-1)
+# ------------------------------------------------------------------------------------------------
+# The paper's four metrics; exact is (tokens == clean).all(-1)
 
 
 def is_valid(tokens: Tensor) -> Tensor:
-    """Every row, column and box holds 1 to 9 once: bool [B] of int64 [B, 81]; a MASK makes a board invalid."""
-    return (_units(tokens).sort(-1).values == DIGITS.to(tokens.device)).all(-1).all(-1)
+    """Every row, column and box holds 1 to 9: bool [B] of int64 [B, 81]; a MASK is not valid."""
+    return (units_of(tokens).sort(-1).values == DIGITS.to(tokens.device)).all(-1).all(-1)
 
 
 def conflicts(tokens: Tensor) -> Tensor:
-    """Cells whose digit occurs again in their row, column or box: bool [B, 81]; a MASK breaks no rule."""
+    """Cells whose digit occurs again in their row, column or box: bool [..., 81]; no MASK."""
     same = (tokens.unsqueeze(-1) == tokens.unsqueeze(-2)) & PEERS.to(tokens.device)
     return same.any(-1) & (tokens != MASK)
 
 
 def replay_mistakes(trace: Tensor, clean: Tensor) -> tuple[int, int]:
-    """(cells that were re-masked while wrong, those of them later decoded back to a wrong digit re-masked there).
+    """(cells re-masked while wrong, those of them that later got a digit re-masked there again).
 
-    trace: int64 [turns + 1, B, 81].  clean: int64 [B, 81].  A cell counts once, however often it happens.
+    trace: int64 [turns + 1, B, 81].  clean: int64 [B, 81].  A cell counts once.
     """
-    tried = torch.zeros(*clean.shape, 10, dtype=torch.bool, device=clean.device)  # wrong digits re-masked so far
+    tried = torch.zeros(*clean.shape, 10, dtype=torch.bool)  # wrong digits re-masked so far
     replayed = torch.zeros_like(clean, dtype=torch.bool)
     for before, after in zip(trace[:-1], trace[1:]):
         decoded = (before == MASK) & (after != MASK)
         replayed |= decoded & tried.gather(-1, after.unsqueeze(-1)).squeeze(-1)
         remasked = (before != MASK) & (after == MASK) & (before != clean)
-        tried |= torch.nn.functional.one_hot(before, 10).bool() & remasked.unsqueeze(-1)
+        tried |= F.one_hot(before, 10).bool() & remasked.unsqueeze(-1)
     return int(tried.any(-1).sum()), int(replayed.sum())
 
 
 def paired_test(ours: str, theirs: str) -> dict:
-    """Exact on the same boards, ours against theirs (evaluate's "right"): difference, its 95 % interval, p.
-
-    The interval is Wald's for paired shares; p is McNemar's exact two-sided binomial test of the boards that only
-    one of the two gets right.
+    """Exact on the same boards, ours minus theirs ("right" of evaluate), with its 95 % interval
+    (Wald's for paired shares) and McNemar's exact two-sided p of boards that only one gets right.
     """
-    n, only_ours = len(ours), sum(a > b for a, b in zip(ours, theirs))
+    n = len(ours)
+    only_ours = sum(a > b for a, b in zip(ours, theirs))
     only_theirs = sum(a < b for a, b in zip(ours, theirs))
-    either, fewer = only_ours + only_theirs, min(only_ours, only_theirs)
-    tail = sum(math.comb(either, i) for i in range(fewer + 1)) / 2**either
+    either = only_ours + only_theirs
+    tail = sum(math.comb(either, i) for i in range(min(only_ours, only_theirs) + 1)) / 2**either
     difference = (only_ours - only_theirs) / n
     half = 1.959964 * math.sqrt(max(either / n - difference**2, 0) / n)
-    return {"difference": difference, "ci95": (difference - half, difference + half), "p": min(1.0, 2 * tail)}
+    interval = (difference - half, difference + half)
+    return {"difference": difference, "ci95": interval, "p": min(1.0, 2 * tail)}
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Training data
 
 
 def sample_batch(
-    batch_size: int, generator: torch.Generator, pool: Tensor, plain: bool = False, second_guess: float = 0.0
-) -> rm.Batch:
-    """A Batch for rm.train: symmetric images of the pool's boards at a random turn of a synthetic revision.
+    batch_size: int, generator: torch.Generator, pool: Tensor, plain: bool = False,
+    second_guess: float = 0.0,
+) -> rm.Batch:  # fmt: skip
+    """A Batch for rm.train: symmetric images of the pool's boards, in a turn of a revision.
 
-    4 to 20 cells take part in four boards of five, 0 to 60 in the fifth (for --solve and for worse boards).  In half
-    the boards all of them start wrong, as the task does; in the others a random share starts masked.
-    plain: masks alone, a uniform share of the cells, and a loss at the masked cells only (plain mask diffusion).
-    pool: int64 [P, 81] on the generator's device.
+    4 to 20 cells take part in four boards of five, 0 to 60 in the fifth (for --solve and for
+    worse boards).  In half the boards all of them start wrong, as the task does; in the others a
+    random share, the rest masked.  pool: int64 [P, 81] on the generator's device.
+    plain: masks alone, a uniform share of the cells, and a loss there only (mask diffusion).
     """
     device = generator.device
-    picks = torch.randint(len(pool), (batch_size,), generator=generator, device=device)
-    clean = shuffle_symmetries(pool[picks], generator)
-    rand = partial(torch.rand, generator=generator, device=device)
+    uniform = partial(torch.rand, generator=generator, device=device)
+    picked = torch.randint(len(pool), (batch_size,), generator=generator, device=device)
+    clean = shuffle_symmetries(pool[picked], generator)
     if plain:
-        masked = rand(batch_size, 81) < rand(batch_size, 1)
+        chance = uniform(batch_size, 81)
+        masked = chance < uniform(batch_size, 1)  # the share of masks ~ U[0, 1]
         return clean.masked_fill(masked, MASK).unsqueeze(0), clean, masked
-    cells = choose_cells(batch_size, 4, 20, generator)
+
+    cells = choose_cells(batch_size, *TASK, generator)
     cells[::5] = choose_cells(len(cells[::5]), 0, 60, generator)
     wrong = rm.uniform_wrong(clean, DIGITS.to(device), 2, generator)
-    p_wrong = torch.where(rand(batch_size, 1) < 0.5, 1.0, rand(batch_size, 1))
-    states = rm.sample_trajectory(
-        clean, cells, wrong, MASK, T=6, p_wrong=p_wrong, second_guess=second_guess, generator=generator
+    as_the_task = uniform(batch_size, 1) < 0.5
+    share = uniform(batch_size, 1)  # of cells that start wrong, in the other boards
+    p_wrong = torch.where(as_the_task, 1.0, share)
+    trajectory = rm.sample_trajectory(
+        clean, cells, wrong, MASK, p_wrong=p_wrong, second_guess=second_guess, generator=generator
     )
-    turn = torch.randint(6, (batch_size,), generator=generator, device=device)
-    return rm.history_until(states, turn), clean, None
+    turn = torch.randint(6, (batch_size,), generator=generator, device=device)  # x(0) to x(5)
+    return rm.history_until(trajectory, turn), clean, None
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Baselines: other rules in the place of Eq. 1, for the same loop (revise) and the same number of forward passes
+# ------------------------------------------------------------------------------------------------
+# Baselines: other rules in the place of Eq. 1, for the same loop and number of forward passes
 
 
 def direct_replacement(logits, tokens, mask_id, editable=None, **_) -> Tensor:
     """Every editable position takes its likeliest token (MASK excluded), masked or not."""
-    best, _ = rm.reveal_confidence(logits, mask_id)
+    best, _ = rm.best_token(logits, mask_id)
     return best if editable is None else torch.where(editable, best, tokens)
 
 
-def remasking(max_turns: int, by: str, seed: int = 0, cells: int = 20) -> Callable[..., Tensor]:
-    """A rule that in turn re-masks some cells and reveals them: the usual ways to let mask diffusion correct itself.
+def remasking(max_turns: int, by: str, seed: int = 0, most: int = 20) -> Callable[..., Tensor]:
+    """A rule that re-masks some cells, then reveals them: how mask diffusion usually corrects.
 
-    by: "confidence" re-masks the tokens of least probability; "random" any (as ReMDM does).  The number of cells
-    falls linearly from `cells`, the largest number of wrong ones, to 0 over max_turns.
+    by: "confidence" re-masks the tokens of least probability; "random" any (as ReMDM does).
+    Their number falls linearly from most, the largest number of wrong cells, to 0 at max_turns.
     """
-    generator, turn = torch.Generator().manual_seed(seed), 0
+    generator = torch.Generator().manual_seed(seed)
+    turn = 0
 
-    def rule(logits, tokens, mask_id, editable=None, **_):
+    def rule(logits, tokens, mask_id, editable=None, **_) -> Tensor:
         nonlocal turn
         turn += 1
         if (tokens == mask_id).any():
@@ -257,29 +249,30 @@ def remasking(max_turns: int, by: str, seed: int = 0, cells: int = 20) -> Callab
         else:
             others = logits.index_fill(-1, torch.tensor(mask_id, device=logits.device), -torch.inf)
             score = others.log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-        score = score if editable is None else score.masked_fill(~editable, torch.inf)
-        count = round(cells * (1 - turn / max_turns))
+        if editable is not None:
+            score = score.masked_fill(~editable, torch.inf)
+        count = round(most * (1 - turn / max_turns))
         lowest = score.argsort(-1).argsort(-1) < count
         return tokens.masked_fill(lowest & (score < torch.inf), mask_id)
 
     return rule
 
 
-def truth_everywhere(state: Tensor, clean: Tensor, mask_id: int, editable: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The labels of the variant "direct": the oracle's roles, but the truth as target at wrong cells too."""
+def truth_everywhere(state, clean, mask_id, editable=None) -> tuple[Tensor, Tensor]:
+    """The labels of "direct": the oracle's roles, but the truth as target at wrong cells too."""
     return clean, rm.oracle_action(state, clean, mask_id, editable)[1]
 
 
-MAKE_RULE = {  # a fresh rule for each chunk of boards, made from the number of turns; every other variant has Eq. 1
-    "plain": lambda turns: remasking(turns, "confidence"),
-    "direct": lambda turns: direct_replacement,
+MAKE_RULE = {  # max_turns -> a fresh rule, by variant; the others follow Eq. 1
+    "plain": partial(remasking, by="confidence"),
+    "direct": lambda max_turns: direct_replacement,
 }
-BASELINES = {  # by variant: label -> (turns, None for --max-turns; how the rule is made)
+BASELINES = {  # by variant: label -> turns (None: as many as the others have), how to make its rule
     "plain": {
         "plain mask diffusion, one-shot": (1, MAKE_RULE["direct"]),
         "plain mask diffusion, direct replacement": (None, MAKE_RULE["direct"]),
         "plain mask diffusion, low-confidence re-masking": (None, MAKE_RULE["plain"]),
-        "plain mask diffusion, random re-masking": (None, lambda turns: remasking(turns, "random")),
+        "plain mask diffusion, random re-masking": (None, partial(remasking, by="random")),
     },
     "direct": {
         "trained for direct replacement, one-shot": (1, MAKE_RULE["direct"]),
@@ -287,730 +280,692 @@ BASELINES = {  # by variant: label -> (turns, None for --max-turns; how the rule
     },
 }
 
-
-def make_eq1(max_turns: int) -> Callable[..., Tensor]:
-    """Reflective Masking's own rule, in the form of MAKE_RULE."""
-    return rm.decide
-
-
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Evaluation
 
 
-def evaluate(
-    model: MaskDiffusionTransformer,
-    gamma: float,
-    rotate: bool,
-    clean: Tensor,
-    start: Tensor,
-    max_turns: int = 32,
-    make_rule: Callable[[int], Callable] = make_eq1,
-    editable: Tensor | None = None,
-    reveal: int | None = None,
-    chunk: int = 500,
-) -> dict:
-    """The four metrics of revising start towards clean, int64 [n, 81] both, on the model's device.
+def revise_boards(
+    model: rm.MaskDiffusionTransformer, gamma: float, rotate: bool, start: Tensor,
+    max_turns: int = 32, reveal: int | None = None, solve: bool = False, rule=None,
+) -> rm.Revision:  # fmt: skip
+    """rm.revise of boards, int64 [B, 81], with its trace; solve locks their clues."""
+    history = HistoryReference(model.embedding.detach(), gamma, rotate)
+    start = start.to(model.embedding.device)
+    editable = (start == MASK) | (not solve)
+    # With history a state that returns is no dead end, as the memory still grows.
+    patience = max_turns if gamma or rule else None
+    return rm.revise(
+        model, start, MASK, history, max_turns, editable, reveal, True, patience, rule
+    )
 
-    Shares are fractions.  right: a character a board, "1" where exact, for paired tests.
+
+def evaluate(
+    model: rm.MaskDiffusionTransformer, gamma: float, rotate: bool, clean: Tensor, start: Tensor,
+    max_turns: int = 32, make_rule: Callable[[int], Callable] | None = None,
+    reveal: int | None = None, solve: bool = False,
+) -> dict:  # fmt: skip
+    """The four metrics of revising start towards clean, int64 [n, 81] both; shares as fractions.
+
+    make_rule: a baseline's, None for Eq. 1.  reveal: as in rm.decide.  solve: start's clues are
+    locked.  right: a character a board, "1" where exact, for paired tests.
     """
-    began, device, results, mistakes = time.perf_counter(), model.embedding.device, [], [0, 0]
-    for rows in torch.arange(len(clean)).split(chunk):
-        history = HistoryReference(model.embedding.detach(), gamma, rotate)
-        rule = make_rule(max_turns)
-        result = rm.revise(
-            model, start[rows].to(device), MASK, history, max_turns, reveal=reveal, trace=True, rule=rule,
-            editable=None if editable is None else editable[rows].to(device),
-            # With history a state that returns is no dead end, since the memory still grows; nor for a random rule.
-            patience=None if rule is rm.decide and not gamma else max_turns,
-        )
+    began = time.perf_counter()
+    results = []
+    mistakes = []
+    for rows in torch.arange(len(clean)).split(500):  # boards at a time
+        rule = make_rule(max_turns) if make_rule else None
+        result = revise_boards(model, gamma, rotate, start[rows], max_turns, reveal, solve, rule)
         results.append(result)
-        for i, count in enumerate(replay_mistakes(result.trace.cpu(), clean[rows])):
-            mistakes[i] += count
+        mistakes.append(replay_mistakes(result.trace.cpu(), clean[rows]))
+
+    n = len(clean)
     tokens = torch.cat([result.tokens for result in results]).cpu()
-    right, n = is_exact(tokens, clean), len(clean)
-    turns = [turn for result in results for turn in result.turns]
+    exact = (tokens == clean).all(-1)
+    valid = is_valid(tokens)
     status = [name for result in results for name in result.status]
+    remasked, replayed = map(sum, zip(*mistakes))
     return {
-        "exact": right.float().mean().item(),
-        "valid": is_valid(tokens).float().mean().item(),
-        "replay_mistake": mistakes[1] / max(mistakes[0], 1),
+        "exact": exact.float().mean().item(),
+        "valid": valid.float().mean().item(),
+        "replay_mistake": replayed / max(remasked, 1),
         "conflict_cells": conflicts(tokens).sum(-1).float().mean().item(),
         "n": n,
-        "ci95_exact": rm.wilson_interval(int(right.sum()), n),
-        "ci95_valid": rm.wilson_interval(int(is_valid(tokens).sum()), n),
-        "remasked_wrong_cells": mistakes[0],
-        "replayed_cells": mistakes[1],
+        "ci95_exact": rm.wilson_interval(int(exact.sum()), n),
+        "ci95_valid": rm.wilson_interval(int(valid.sum()), n),
+        "remasked_wrong_cells": remasked,
+        "replayed_cells": replayed,
         "max_turns": max_turns,
-        "mean_turns": sum(turns) / n,
-        "status": {name: status.count(name) / n for name in (rm.FIXED_POINT, rm.CYCLE, rm.OUT_OF_TURNS)},
+        "reveal": reveal,
+        "mean_turns": sum(turn for result in results for turn in result.turns) / n,
+        "status": {s: status.count(s) / n for s in (rm.FIXED_POINT, rm.CYCLE, rm.OUT_OF_TURNS)},
         "params": sum(p.numel() for p in model.parameters()),
         "seconds": time.perf_counter() - began,
-        "right": "".join("01"[int(r)] for r in right),
+        "right": "".join("01"[right] for right in exact.tolist()),
     }
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Training
 
 
-def sudoku_config(width: int = 128) -> TransformerConfig:
-    """4 layers; width 128 gives 793,000 parameters.  A cell's coordinates are its row, column and box."""
-    coordinates = [[cell // 9, cell % 9, cell // 27 * 3 + cell % 9 // 3] for cell in range(81)]
-    return TransformerConfig(vocabulary=10, length=81, width=width, feed_forward=4 * width, coordinates=coordinates)
+@dataclass
+class Settings:
+    """How a variant is trained and scored; saved in its record, and a run goes on with the same."""
+
+    minutes: float | None = 15  # turned into steps by a trial
+    steps: int | None = None  # exactly so many instead
+    gamma: float | None = None  # None: the variant's own
+    rotate: bool | None = None
+    own_states: float = 0.5  # share of the batch that goes on from own decisions
+    second_guess: float = 0.3  # share of second wrong guesses in trajectories
+    compile: bool = False
+    n: int = 2000  # test boards, and their wrong cells
+    corrupt: tuple[int, int] = TASK
+    max_turns: int = 32
+    pool: int = 10_000  # training boards before symmetries
+    validation: int = 300
 
 
-def training_run(model, variant: str, pool: Tensor, args, steps: int, **changes):
-    """rm.train with the settings of a variant; changes replace any of train's arguments (for the studies)."""
+def new_model(device: torch.device | str = "cpu", width: int = 128) -> rm.MaskDiffusionTransformer:
+    """4 layers, 793,000 parameters at width 128.  Coordinates of a cell: row, column, box."""
+    cells = [[cell // 9, cell % 9, cell // 27 * 3 + cell % 9 // 3] for cell in range(81)]
+    sizes = {"width": width, "feed_forward": 4 * width}
+    config = rm.TransformerConfig(10, 81, coordinates=cells, **sizes)
+    return rm.MaskDiffusionTransformer(config).to(device)
+
+
+def training_options(variant: str, settings: Settings, pool: Tensor) -> dict:
+    """What rm.train is told about a variant; pool as in sample_batch."""
     gamma, rotate = VARIANTS[variant]
     plain = variant == "plain"
-    settings = TRAINING | dict(gamma=gamma, rotate=rotate, compile=args.compile, precision=args.precision)
-    settings |= dict(seed=args.seed, own_states=0.0 if plain else args.own_states, accept=is_valid)
+    guess = settings.second_guess
+    options = {
+        "sample": partial(sample_batch, pool=pool, plain=plain, second_guess=guess),
+        "mask_id": MASK,
+        "gamma": gamma if settings.gamma is None else settings.gamma,
+        "rotate": rotate if settings.rotate is None else settings.rotate,
+        "own_states": 0.0 if plain else settings.own_states,
+        "accept": is_valid,  # a row that goes on ends by the rules of Sudoku, not by the truth
+        "compile": settings.compile,
+        **TRAINING,
+    }
     if variant == "direct":
-        settings |= dict(oracle=truth_everywhere, rule=direct_replacement)
-    second_guess = changes.pop("second_guess", args.second_guess)
-    sample = partial(sample_batch, pool=pool, plain=plain, second_guess=second_guess)
-    return rm.train(model, sample, steps, MASK, **(settings | changes))
+        options |= {"oracle": truth_everywhere, "rule": direct_replacement}
+    return options
 
 
-def measured_steps(minutes: float, variant: str, pool: Tensor, args) -> int:
-    """How many steps fit the time here: 30 steps of a throw-away model are timed after 10 to warm up."""
-    model = MaskDiffusionTransformer(sudoku_config()).to(pool.device)
-    seconds = [stats["seconds"] for _, stats in training_run(model, variant, pool, args, 40, warmup=40)]
-    steps = torch.tensor(max(1, int(minutes * 60 * 30 / (seconds[-1] - seconds[9]))), device=pool.device)
-    if rm.dist.is_initialized():  # every process has to make the same number
-        rm.dist.broadcast(steps, 0)
-    return int(steps)
+def train_variant(
+    variant: str, settings: Settings, out: Path, device: torch.device, seed: int = 0
+) -> dict:
+    """Trains a variant, or goes on, and scores it; writes OUT/<variant>_seed<seed>.pt and .json.
 
-
-def train_variant(variant: str, args) -> dict:
-    """Trains (or resumes) one variant and evaluates it; writes OUT/<variant>_seed<seed>.pt and .json.
-
-    A finished run, one whose .json exists, is read back instead.  Returns its record.
+    Returns the record (under torchrun the first process's); a finished run's is read back.
     """
-    name, main = args.out / f"{variant}_seed{args.seed}", rm.is_main_process()
-    keys = ("steps", "minutes", "pool", "second_guess", "own_states", "precision", "n", "corrupt", "max_turns")
-    settings = {key: getattr(args, key) for key in keys} | {"corrupt": list(args.corrupt)}
-    settings["minutes"] = None if args.steps else args.minutes
-    if name.with_suffix(".json").exists():
-        record = json.loads(name.with_suffix(".json").read_text())
-        rm.require_same(settings, record["settings"], name.with_suffix(".json"))
-        if main:
-            print(f"{name}.json is there, {variant} seed {args.seed} is done")
-        return record if main else {}
-    device = args.device
-    pool = random_boards(args.pool, args.seed).to(device)
-    validation = random_boards(args.validation, VALIDATION_SEED)
-    start = corrupt(validation, 4, 20, VALIDATION_SEED)
-    torch.manual_seed(args.seed)
-    model = MaskDiffusionTransformer(sudoku_config()).to(device)
-    resume = name.with_suffix(".resume.pt")
-    steps, curve = args.steps, []
-    if resume.exists():
-        notes = torch.load(resume, map_location="cpu", weights_only=True)["notes"]
-        rm.require_same(settings, notes["settings"], resume)
-        steps, curve = notes["steps"], notes["curve"]
-    steps = steps or measured_steps(args.minutes, variant, pool, args)
+    pool = random_boards(settings.pool, seed)
+    validation = random_boards(settings.validation, VALIDATION_SEED)
+    start = corrupt(validation, *TASK, VALIDATION_SEED)
+    clean = random_boards(settings.n, TEST_SEED)
+    test = corrupt(clean, *settings.corrupt, TEST_SEED)
+    asked = {
+        **asdict(settings),
+        "minutes": None if settings.steps else settings.minutes,
+        "corrupt": list(settings.corrupt),
+        "boards": rm.fingerprint(pool, validation, start, clean, test),
+    }
+    path = out / f"{variant}_seed{seed}"
+    resume = path.with_suffix(".resume.pt")
+    record = rm.finished_record(path.with_suffix(".json"), asked)
+    if record:
+        return record
+
+    torch.manual_seed(seed)
+    model = new_model(device)
+    options = training_options(variant, settings, pool.to(device)) | {"seed": seed}
+    notes = rm.resume_notes(resume, asked)
+    if notes is None:
+        trial = rm.train(new_model(device), steps=40, warmup=40, **options)
+        steps = settings.steps or rm.steps_in(settings.minutes, trial)
+        notes = {"steps": steps, "curve": [], "settings": asked}
+    steps = notes["steps"]
+    curve = notes["curve"]
     every = max(1, min(250, steps // 8))
-    notes = {"steps": steps, "curve": curve, "settings": settings}
-    gamma, rotate = VARIANTS[variant]
-    make_rule = MAKE_RULE.get(variant, make_eq1)
+    options |= {"checkpoint": resume, "checkpoint_every": every, "notes": notes}
+    score = partial(evaluate, model, options["gamma"], options["rotate"])
+    main = rm.is_main_process()
     if main:
-        print(f"{variant}, seed {args.seed}: {steps} steps of {TRAINING['batch_size']} boards on {device}")
-    run = training_run(model, variant, pool, args, steps, checkpoint=resume, checkpoint_every=every, notes=notes)
-    for step, stats in run:
-        if not main or step % max(1, every // 10) and step % every and step < steps:
-            continue
-        if step % every == 0 or step == steps:
-            score = evaluate(model, gamma, rotate, validation, start, args.max_turns, make_rule)
-            losses = {key: stats[key].item() for key in ("reveal", "remask", "keep")}
-            curve.append({"step": step, "minutes": stats["seconds"] / 60, **losses}
-                         | {key: score[key] for key in ("exact", "valid", "n")})
-        left = stats["seconds"] / step * (steps - step)
-        line = (
-            f"step {step}/{steps} loss: reveal {stats['reveal']:.3f} re-mask {stats['remask']:.3f} "
-            f"keep {stats['keep']:.3f}"
-        )
-        if curve:
-            line += f" exact {100 * curve[-1]['exact']:.1f} % valid {100 * curve[-1]['valid']:.1f} %"
-        line += f" {left // 60:.0f}:{left % 60:02.0f} left"
-        terminal = sys.stdout.isatty()
-        print(f"\r{line}\033[K" if terminal else line, end="" if terminal and step < steps else "\n", flush=True)
+        print(f"{variant}, seed {seed}: {steps} steps of {TRAINING['batch_size']} boards, {device}")
+
+    for step, stats in rm.train(model, steps=steps, **options):
+        scored = step % every == 0 or step == steps
+        if scored and main:
+            now = score(validation, start, settings.max_turns, MAKE_RULE.get(variant))
+            point = {"step": step, "minutes": stats["seconds"] / 60}
+            point |= {role: stats[role].item() for role in ("reveal", "remask", "keep")}
+            curve.append(point | {key: now[key] for key in ("exact", "valid", "n")})
+        if scored or step % max(1, every // 10) == 0:
+            shares = [f"{key} {100 * curve[-1][key]:.1f} %" for key in ("exact", "valid") if curve]
+            rm.show_progress(step, steps, stats, " ".join(shares))
     if not main:
         return {}
-    clean = random_boards(args.n, TEST_SEED)
-    test = corrupt(clean, *args.corrupt, TEST_SEED)
-    record = {"variant": variant, "seed": args.seed, "steps": steps, "minutes": curve[-1]["minutes"]}
-    record |= {"gamma": gamma, "rotate": rotate, "settings": settings, "training": TRAINING}
-    record |= {"compiled": args.compile, "provenance": rm.provenance()}
-    rm.save_checkpoint(name.with_suffix(".pt"), model, task="sudoku", **record)
-    record["curve"] = curve
-    print(f"wrote {name.with_suffix('.pt')}")
-    rows = BASELINES.get(variant, {f"ours, {variant}, seed {args.seed}": (None, make_eq1)})
-    record["test"] = {
-        label: evaluate(model, gamma, rotate, clean, test, turns or args.max_turns, make)
-        for label, (turns, make) in rows.items()
+
+    about = {
+        "variant": variant,
+        "seed": seed,
+        "steps": steps,
+        "minutes": curve[-1]["minutes"],
+        "gamma": options["gamma"],
+        "rotate": options["rotate"],
+        "settings": asked,
+        "training": TRAINING,
+        "compiled": settings.compile,
+        "provenance": rm.provenance(),
     }
-    rm.write_json(name.with_suffix(".json"), record)
+    rm.save_checkpoint(path.with_suffix(".pt"), model, "sudoku", **about)
+    rows = BASELINES.get(variant, {f"ours, {variant}, seed {seed}": (None, None)})
+    tests = {
+        label: score(clean, test, turns or settings.max_turns, make_rule)
+        for label, (turns, make_rule) in rows.items()
+    }
+    record = {**about, "curve": curve, "test": tests}
+    rm.write_json(path.with_suffix(".json"), record)
     resume.unlink(missing_ok=True)
     return record
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Studies: each a JSON and a figure in OUT
-
-
-def study_turns(model, info, args) -> dict:
-    """Accuracy against the number of turns: test-time scaling, beyond the 6 of the training trajectories."""
-    clean = random_boards(args.n, TEST_SEED)
-    start = corrupt(clean, *args.corrupt, TEST_SEED)
-    turns = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64]
-    scores = [evaluate(model, info["gamma"], info["rotate"], clean, start, count) for count in turns]
-    rows = [{"turns": count} | {k: v for k, v in s.items() if k != "right"} for count, s in zip(turns, scores)]
-    draw_lines(args.out / "sudoku_turns.png", "turns at most", turns, percent(rows, "exact", "valid"), log=True)
-    return {"rows": rows}
-
-
-def study_severity(model, info, args) -> dict:
-    """Accuracy against the number of wrong cells, from 1 to 40; training revises 4 to 20, rarely up to 60."""
-    cells = [1, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30, 32, 34, 36, 38, 40]
-    clean, rows = random_boards(max(1, args.n // 4), TEST_SEED), []
-    for count in cells:
-        start = corrupt(clean, count, count, TEST_SEED + count)
-        score = evaluate(model, info["gamma"], info["rotate"], clean, start, args.max_turns)
-        rows.append({"wrong_cells": count} | {k: v for k, v in score.items() if k != "right"})
-    draw_lines(args.out / "sudoku_severity.png", "wrong cells", cells, percent(rows, "exact", "valid"))
-    return {"rows": rows}
-
-
-def study_calibration(model, info, args) -> dict:
-    """What p(x_i) means, and how well it re-masks, over every turn of the test revisions.
-
-    At a visible position p(x_i) should be the probability that x_i is right, and p(x_i) + p(M) should be 1.
-    Re-mask precision: share of the re-masked cells that were wrong.  Recall: share of the wrong visible cells that
-    are re-masked in that turn.
-    """
-    clean = random_boards(args.n, TEST_SEED)
-    start = corrupt(clean, *args.corrupt, TEST_SEED)
-    device, seen = model.embedding.device, []
-    for rows in torch.arange(len(clean)).split(500):
-        history = HistoryReference(model.embedding.detach(), info["gamma"], info["rotate"])
-        tokens, truth = start[rows].to(device), clean[rows].to(device)
-        for turn in range(1, args.max_turns + 1):  # revise, but with the truth at hand
-            with torch.no_grad():
-                logits = model(history.push(tokens))
-            p, visible = logits.softmax(-1), tokens != MASK
-            own = p.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-            facts = torch.stack([own, p[..., MASK], (tokens == truth).float(), torch.full_like(own, turn)], -1)
-            seen.append(facts[visible].cpu())
-            following = rm.decide(logits, tokens, MASK)
-            going = (following != tokens).any(-1)
-            history.keep(going)
-            tokens, truth = following[going], truth[going]
-            if not len(tokens):
-                break
-    own, other, right, turn_of = torch.cat(seen).T
-    right = right.bool()
-    bins = (own * 20).long().clamp(max=19)
-    rows = []
-    for b in range(20):
-        inside = bins == b
-        n, hits = int(inside.sum()), int(right[inside].sum())
-        mean_p, share = (own[inside].mean().item(), hits / n) if n else (None, None)
-        rows.append({"low": b / 20, "n": n, "mean_p": mean_p, "right": share, "ci95": rm.wilson_interval(hits, n)})
-    remask = other > own
-    ece = sum(row["n"] * abs(row["mean_p"] - row["right"]) for row in rows if row["n"]) / len(own)
-
-    def precision_recall(chosen: Tensor) -> dict:
-        picked, wrong = int((chosen & remask).sum()), int((chosen & ~right).sum())
-        hits = int((chosen & remask & ~right).sum())
-        return {
-            "precision": hits / max(picked, 1), "ci95_precision": rm.wilson_interval(hits, picked), "remasked": picked,
-            "recall": hits / max(wrong, 1), "ci95_recall": rm.wilson_interval(hits, wrong), "wrong": wrong,
-        }
-
-    draw_calibration(args.out / "sudoku_calibration.png", rows, own + other)
-    return {
-        "rows": rows,
-        "expected_calibration_error": ece,
-        "visible_positions": len(own),
-        "mean_p_own_plus_mask": (own + other).mean().item(),
-        "share_of_sums_below_0.99": (own + other < 0.99).float().mean().item(),
-        "remask_all_turns": precision_recall(turn_of > 0),
-        "remask_first_turn": precision_recall(turn_of == 1),
-    }
-
-
-def study_speed(model, info, args) -> dict:
-    """Boards a second of a whole revision, at batch 1 and 512, on this device and number of threads."""
-    rows, clean = [], random_boards(512, TEST_SEED)
-    start = corrupt(clean, *args.corrupt, TEST_SEED)
-    for batch, count in ((1, 50), (512, 512)):
-        evaluate(model, info["gamma"], info["rotate"], clean[:batch], start[:batch], args.max_turns)  # warm-up
-        seconds = []
-        for _ in range(3):
-            score = evaluate(
-                model, info["gamma"], info["rotate"], clean[:count], start[:count], args.max_turns, chunk=batch
-            )
-            seconds.append(score["seconds"])
-        rows.append({"batch": batch, "boards": count, "boards_per_second": count / sorted(seconds)[1]})
-        print(f"batch {batch}: {rows[-1]['boards_per_second']:.1f} boards a second (median of 3)")
-    return {"rows": rows}
-
-
-def study_training(name: str, choices: dict[str, tuple[str, dict]], args) -> dict:
-    """Trains one model a choice for --study-steps steps, everything else equal, and scores each on the test boards.
-
-    choices: label -> (variant, changes of rm.train's arguments).  Finished choices are read back from OUT.
-    """
-    pool = random_boards(args.pool, args.seed).to(args.device)
-    clean = random_boards(args.n, TEST_SEED)
-    start = corrupt(clean, *args.corrupt, TEST_SEED)
-    path = args.out / f"sudoku_{name}.json"
-    settings = {key: getattr(args, key) for key in ("study_steps", "pool", "n", "max_turns", "precision")}
-    settings |= {"second_guess": args.second_guess, "own_states": args.own_states, "corrupt": list(args.corrupt)}
-    study = {"rows": [], "settings": settings, "provenance": rm.provenance()}
-    if path.exists():
-        study = json.loads(path.read_text())
-        rm.require_same(settings, study["settings"], path)
-    rows = study["rows"]
-    for label, (variant, changes) in choices.items():
-        if any(row["label"] == label for row in rows):
+def train_table(
+    runs: list[tuple[str, int]], settings: Settings, out: Path, device: torch.device
+) -> dict:
+    """Trains what is not done of the runs, (variant, seed) each; prints their table, and of
+    several the paired tests of the first against the others."""
+    table = {}
+    for variant, seed in runs:
+        record = train_variant(variant, settings, out, device, seed)
+        if not rm.is_main_process():
             continue
-        torch.manual_seed(args.seed)
-        model = MaskDiffusionTransformer(sudoku_config()).to(args.device)
-        for step, stats in training_run(model, variant, pool, args, args.study_steps, **changes):
-            if step % max(1, args.study_steps // 4) == 0:
-                print(f"{name}, {label}: step {step}/{args.study_steps}, {stats['seconds'] / 60:.1f} min", flush=True)
-        gamma, rotate = VARIANTS[variant]
-        score = evaluate(
-            model, changes.get("gamma", gamma), changes.get("rotate", rotate), clean, start, args.max_turns
-        )
-        rows.append({"label": label, "changes": changes, "minutes": stats["seconds"] / 60} | score)
-        rm.write_json(path, study)
-    draw_bars(args.out / f"sudoku_{name}.png", rows)
-    return study
-
-
-GAMMAS = (0.0, 0.4, 0.7, 0.9, 1.0)
-STUDIES = {
-    "turns": lambda args: study_turns(*args.model, args),
-    "severity": lambda args: study_severity(*args.model, args),
-    "calibration": lambda args: study_calibration(*args.model, args),
-    "speed": lambda args: study_speed(*args.model, args),
-    "gamma": lambda args: study_training(
-        "gamma",
-        {
-            f"gamma {gamma}{', rotation' if rotate else ''}": ("full", {"gamma": gamma, "rotate": rotate})
-            for gamma in GAMMAS
-            for rotate in ((False, True) if gamma else (False,))
-        },
-        args,
-    ),
-    "data": lambda args: study_training(
-        "data",
-        {
-            "no own states, no second guesses": ("full", {"own_states": 0.0, "second_guess": 0.0}),
-            "second guesses": ("full", {"own_states": 0.0, "second_guess": 0.3}),
-            "own states": ("full", {"own_states": 0.5, "second_guess": 0.0}),
-            "own states, second guesses": ("full", {"own_states": 0.5, "second_guess": 0.3}),
-            "the same, valid boards not accepted": ("full", {"own_states": 0.5, "second_guess": 0.3, "accept": None}),
-        },
-        args,
-    ),
-}
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Figures
-
-
-def percent(rows: list[dict], *keys: str) -> dict[str, tuple[list, list]]:
-    """key -> (values in %, their 95 % intervals in % where a row has them)."""
-    return {
-        key: ([100 * row[key] for row in rows], [[100 * v for v in row[f"ci95_{key}"]] for row in rows])
-        if f"ci95_{key}" in rows[0]
-        else ([100 * row[key] for row in rows], None)
-        for key in keys
-    }
-
-
-def figure(width: float = 6.0, height: float = 3.6):
-    """An empty figure and its axes, drawn without a screen."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    fig, axes = plt.subplots(figsize=(width, height), layout="constrained")
-    axes.spines[["top", "right"]].set_visible(False)
-    return fig, axes
-
-
-def save_figure(fig, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fig.savefig(path, dpi=150)
-    print(f"wrote {path}")
-
-
-def draw_lines(path: Path, xlabel: str, x: list, series: dict, log: bool = False) -> None:
-    """One line a series (values, intervals as a band) against x, in %."""
-    fig, axes = figure()
-    for label, (values, intervals) in series.items():
-        (line,) = axes.plot(x, values, marker="o", markersize=3, label=label)
-        if intervals:
-            axes.fill_between(x, *zip(*intervals), color=line.get_color(), alpha=0.2, linewidth=0)
-    if log:
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(x, [str(value) for value in x])
-    axes.set(xlabel=xlabel, ylabel="boards, %")
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
-    save_figure(fig, path)
-
-
-def draw_bars(path: Path, rows: list[dict]) -> None:
-    """Exact and valid of each row, with 95 % intervals."""
-    fig, axes = figure(7.0, 0.6 + 0.36 * len(rows))
-    for offset, key in ((-0.18, "exact"), (0.18, "valid")):
-        values, intervals = percent(rows, key)[key]
-        error = [[v - low for v, (low, _) in zip(values, intervals)], [h - v for v, (_, h) in zip(values, intervals)]]
-        places = [i + offset for i in range(len(rows))]
-        axes.errorbar(values, places, xerr=error, fmt="o", markersize=4, capsize=2, label=key)
-    axes.set_yticks(range(len(rows)), [row["label"] for row in rows])
-    axes.invert_yaxis()
-    axes.set(xlabel="boards, %")
-    axes.grid(axis="x", alpha=0.3)
-    axes.legend(frameon=False)
-    save_figure(fig, path)
-
-
-def draw_calibration(path: Path, rows: list[dict], sums: Tensor) -> None:
-    """Left: share right against p(x_i), with 95 % intervals.  Right: the distribution of p(x_i) + p(M)."""
-    fig, axes = figure(8.0, 3.6)
-    axes.remove()
-    left, middle = fig.subplots(1, 2)
-    filled = [row for row in rows if row["n"]]
-    left.plot([0, 1], [0, 1], color="grey", linewidth=1, linestyle="--")
-    error = list(zip(*[(row["right"] - row["ci95"][0], row["ci95"][1] - row["right"]) for row in filled]))
-    p, share = [row["mean_p"] for row in filled], [row["right"] for row in filled]
-    left.errorbar(p, share, yerr=error, fmt="o", markersize=3, capsize=2)
-    left.set(xlabel="p(x) at visible cells", ylabel="share of them right")
-    middle.hist(sums.numpy(), bins=[i / 50 for i in range(51)] + [1.02], log=True)
-    middle.set(xlabel="p(x) + p(MASK) at visible cells", ylabel="cells")
-    for axis in (left, middle):
-        axis.spines[["top", "right"]].set_visible(False)
-    save_figure(fig, path)
-
-
-def animate(path: Path, trace: Tensor, given: Tensor) -> None:
-    """A GIF of one revision, a frame a turn.  trace: int64 [turns + 1, 81].  given: bool [81], drawn bold.
-
-    Amber: re-masked in this turn; green: revealed in this turn; red digit: breaks a rule.
-    """
-    from matplotlib.animation import FuncAnimation, PillowWriter
-    from matplotlib.patches import Rectangle
-
-    fig, axes = figure(3.6, 3.9)
-
-    def frame(index: int) -> None:
-        index = min(index, len(trace) - 1)  # the last state stays a while
-        now, before = trace[index], trace[max(index - 1, 0)]
-        broken = conflicts(now)
-        axes.clear()
-        axes.set(xlim=(0, 9), ylim=(9, 0), aspect="equal", title=f"turn {index}")
-        axes.axis("off")
-        for cell in range(81):
-            x, y, digit = cell % 9, cell // 9, int(now[cell])
-            if now[cell] != before[cell] or digit == MASK:
-                axes.add_patch(Rectangle((x, y), 1, 1, color="#ffd98a" if digit == MASK else "#a8e0b0", linewidth=0))
-            color = "#c62828" if broken[cell] else "black"
-            weight = "bold" if given[cell] else "normal"
-            axes.text(x + 0.5, y + 0.55, str(digit or ""), ha="center", va="center", color=color, weight=weight)
-        for line in range(10):
-            width = 1.8 if line % 3 == 0 else 0.5
-            axes.plot([line, line], [0, 9], color="black", linewidth=width)
-            axes.plot([0, 9], [line, line], color="black", linewidth=width)
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    FuncAnimation(fig, frame, frames=len(trace) + 3).save(path, PillowWriter(fps=1), dpi=100)
-    print(f"wrote {path}")
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# The terminal
-
-
-def show_turn(now: Tensor, before: Tensor, color: bool) -> str:
-    """A board as text.  _ is a mask; before a cell: - re-masked, + revealed in this turn; after it: ! breaks a rule."""
-    broken, lines = conflicts(now), []
-    for cell in range(81):
-        digit, mark = int(now[cell]), " "
-        if now[cell] != before[cell]:
-            mark = "-" if digit == MASK else "+"
-        text = f"{mark}{digit or '_'}{'!' if broken[cell] else ' '}"
-        if color:
-            code = "31" if broken[cell] else {"-": "33", "+": "32"}.get(mark)
-            text = f"\033[{code}m{text}\033[0m" if code else text
-        lines.append(text + ("| " if cell % 9 in (2, 5) else ""))
-    rows = ["".join(lines[row * 9 : row * 9 + 9]) for row in range(9)]
-    rule = "---------+----------+---------"
-    return "\n".join(rows[:3] + [rule] + rows[3:6] + [rule] + rows[6:])
-
-
-def revise_board(args, board: Tensor, solve: bool) -> dict:
-    """--revise and --solve: shows every turn, writes the animation when asked, returns the JSON record."""
-    model, info = args.model
-    editable = (board == MASK) if solve else torch.ones_like(board, dtype=torch.bool)
-    history = HistoryReference(model.embedding.detach(), info["gamma"], info["rotate"])
-    result = rm.revise(
-        model, board.unsqueeze(0).to(args.device), MASK, history, args.max_turns, trace=True,
-        editable=editable.unsqueeze(0).to(args.device), reveal=args.reveal,
-        patience=args.max_turns if info["gamma"] else None,
-    )
-    trace, color = result.trace[:, 0].cpu(), sys.stdout.isatty()
-    print("_ masked   -_ re-masked in this turn   +5 revealed in this turn   5! breaks a rule\n")
-    for turn, (before, now) in enumerate(zip(torch.cat([trace[:1], trace]), trace)):
-        changed = int((before != now).sum())
-        print(f"turn {turn}: {changed} cells changed" if turn else "the board")
-        print(show_turn(now, before, color) + "\n")
-    tokens = result.tokens[0].cpu()
-    valid = bool(is_valid(tokens))
-    print(f"{result.status[0]} after {result.turns[0]} turns; {'valid' if valid else 'not valid'}")
-    if args.gif:
-        animate(args.gif, trace, ~editable if solve else torch.zeros(81, dtype=torch.bool))
-    text = "".join(str(int(digit)) for digit in tokens)
-    return {"board": text, "turns": result.turns[0], "status": result.status[0], "valid": valid}
+        about = {key: record[key] for key in ("steps", "minutes", "provenance")}
+        table |= {label: {**score, **about} for label, score in record["test"].items()}
+    if not table:
+        return {}
+    print_table(table)
+    result = {"table": table, "paper": PAPER}
+    if len(runs) > 1:
+        ours = f"ours, full, seed {runs[0][1]}"
+        right = {label: score["right"] for label, score in table.items()}
+        others = [label for label in table if label != ours]
+        tests = {label: paired_test(right[ours], right[label]) for label in others}
+        result["ours_against"] = tests
+        print(f"\nexact of '{ours}' on the same boards, against")
+        for label, test in tests.items():
+            low, high = test["ci95"]
+            points = f"{test['difference']:+8.1%} ({low:+.1%} to {high:+.1%})"
+            print(f"{label:48}{points}, p = {test['p']:.2g}")
+        rm.write_json(out / "table.json", result)
+        return result
+    draw_lines(out / f"{variant}_curve.png", record["curve"], "minutes", "minutes of training")
+    if variant not in MAKE_RULE:
+        model, _ = rm.load_checkpoint(out / f"{variant}_seed{seed}.pt", "sudoku", device)
+        board = corrupt(random_boards(1, TEST_SEED), 20, 20, TEST_SEED)[0]
+        how = {"max_turns": settings.max_turns, "gif": out / f"{variant}_revision.gif"}
+        show_revision(model, record["gamma"], record["rotate"], board, **how)
+    rm.write_json(out / f"{variant}_table.json", result)
+    return result
 
 
 def print_table(rows: dict[str, dict]) -> None:
     """The paper's Sudoku table beside ours: label -> an evaluation."""
-    print(f"\n{'':48}{'exact %':>22}{'valid %':>9}{'replay %':>10}{'conflict cells':>16}{'turns':>7}")
-    for variant, (exact, valid, replay, cells) in PAPER.items():
-        print(f"{'paper, ' + variant:48}{exact:>8.1f}{'':14}{valid:>9.1f}{replay:>10.2f}{cells:>16.3f}")
+    form = "{:48}{:>7}{:16}{:>7}{:>10}{:>16}{:>7}"
+    print("\n" + form.format("", "exact %", "", "valid %", "replay %", "conflict cells", "turns"))
+    for variant, numbers in PAPER.items():
+        exact, valid, replay, cells = numbers
+        print(form.format(f"paper, {variant}", exact, "", valid, replay, cells, ""))
     for label, score in rows.items():
-        low, high = (100 * bound for bound in score["ci95_exact"])
-        print(
-            f"{label:48}{100 * score['exact']:>8.1f}{f' ({low:.1f} to {high:.1f})':<14}{100 * score['valid']:>9.1f}"
-            f"{100 * score['replay_mistake']:>10.2f}{score['conflict_cells']:>16.3f}{score['mean_turns']:>7.1f}"
+        low, high = score["ci95_exact"]
+        exact, valid, replay = (
+            f"{100 * score[key]:.{digits}f}"
+            for key, digits in (("exact", 1), ("valid", 1), ("replay_mistake", 2))
         )
-    print(f"ours: n = {next(iter(rows.values()))['n']} boards, 95 % intervals; the paper's boards are not published")
+        interval = f" ({100 * low:.1f} to {100 * high:.1f})"
+        cells = f"{score['conflict_cells']:.3f}"
+        turns = f"{score['mean_turns']:.1f}"
+        print(form.format(label, exact, interval, valid, replay, cells, turns))
+    print(f"ours: n = {score['n']} boards, 95 % intervals; the paper's boards are not published")
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The command line
+# ------------------------------------------------------------------------------------------------
+# Studies
 
 
-def parse_board(text: str, blanks: bool, where: str = "the board") -> Tensor:
-    """int64 [81] from 81 digits, 0 or . for a blank.  Raises InputError that says where and what is wrong."""
-    text = "".join(text.split())
-    if len(text) != 81 or not set(text) <= set("0123456789."):
-        raise InputError(f"{where} must be 81 digits (0 or . for a blank), got {len(text)} characters: {text[:90]!r}")
-    board = torch.tensor([int(character) for character in text.replace(".", "0")])
-    if not blanks and (board == MASK).any():
-        raise InputError(f"{where} must have no blank cells")
-    return board
+def study_turns(model, gamma: float, rotate: bool, clean: Tensor, start: Tensor) -> list[dict]:
+    """Accuracy against the number of turns, beyond the 6 of the training trajectories."""
+    turns = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+    return [{"turns": t, **evaluate(model, gamma, rotate, clean, start, t)} for t in turns]
 
 
-def read_lines(path: Path) -> list[tuple[int, str]]:
-    """The lines that are not blank, with their numbers in the file."""
-    try:
-        lines = [(number, line.strip()) for number, line in enumerate(path.read_text().splitlines(), 1) if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read: {error}") from None
-    if not lines:
-        raise InputError(f"{path} is empty")
-    return lines
+def study_severity(model, gamma: float, rotate: bool, clean: Tensor, max_turns: int) -> list[dict]:
+    """Accuracy against the number of wrong cells; training revises 4 to 20, rarely up to 60."""
+    rows = []
+    for count in (1, *range(2, 41, 2)):
+        start = corrupt(clean, count, count, TEST_SEED + count)
+        score = evaluate(model, gamma, rotate, clean, start, max_turns)
+        rows.append({"wrong_cells": count, **score})
+    return rows
 
 
-def read_boards(path: Path) -> Tensor:
-    """Complete valid boards, 81 digits a line: int64 [n, 81]."""
-    lines = read_lines(path)
-    boards = torch.stack([parse_board(line, blanks=False, where=f"{path} line {number}") for number, line in lines])
-    for (number, _), valid in zip(lines, is_valid(boards)):
-        if not valid:
-            raise InputError(f"{path} line {number} is no valid solved board")
-    return boards
+def visible_decisions(
+    model, gamma: float, rotate: bool, clean: Tensor, start: Tensor, max_turns: int = 32
+) -> Tensor:
+    """What Eq. 1 sees at all visible cells in all turns: p(x), p(M), x is right, turn; [M, 4]."""
+    device = model.embedding.device
+    seen = []
+    for rows in torch.arange(len(clean)).split(500):
+        history = HistoryReference(model.embedding.detach(), gamma, rotate)
+        tokens = start[rows].to(device)
+        truth = clean[rows].to(device)
+        for turn in range(1, max_turns + 1):  # revise, but with the truth at hand
+            with torch.no_grad():
+                logits = model(history.push(tokens))
+            p = logits.softmax(-1)
+            own = p.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+            right = (tokens == truth).float()
+            facts = torch.stack([own, p[..., MASK], right, torch.full_like(own, turn)], -1)
+            seen.append(facts[tokens != MASK].cpu())
+            following = rm.decide(logits, tokens, MASK)
+            going = (following != tokens).any(-1)
+            history.keep(going)
+            tokens = following[going]
+            truth = truth[going]
+            if not len(tokens):
+                break
+    return torch.cat(seen)
 
 
-def read_puzzles(path: Path) -> tuple[Tensor, Tensor]:
-    """Puzzle and solution a line, 81 characters each: two int64 [n, 81]."""
+def study_calibration(decisions: Tensor) -> dict:
+    """What p(x) means and how well it re-masks; decisions: of visible_decisions.
+
+    p(x) should be the probability that x is right, and p(x) + p(M) be 1.  Precision: the share of
+    re-masked cells that were wrong.  Recall: of the wrong visible cells, those re-masked that turn.
+    """
+    own, other, right, turn = decisions.T
+    rows = []
+    for low in range(20):
+        inside = (own * 20).long().clamp(max=19) == low
+        n = int(inside.sum())
+        hits = int(right[inside].sum())
+        mean_p = own[inside].mean().item() if n else None
+        share = hits / n if n else None
+        interval = rm.wilson_interval(hits, n)
+        rows.append({"low": low / 20, "n": n, "mean_p": mean_p, "right": share, "ci95": interval})
+
+    def remasking_of(chosen: Tensor) -> dict:
+        remasked = int((chosen & (other > own)).sum())
+        wrong = int((chosen & (right == 0)).sum())
+        hits = int((chosen & (other > own) & (right == 0)).sum())
+        return {
+            "precision": hits / max(remasked, 1),
+            "ci95_precision": rm.wilson_interval(hits, remasked),
+            "remasked": remasked,
+            "recall": hits / max(wrong, 1),
+            "ci95_recall": rm.wilson_interval(hits, wrong),
+            "wrong": wrong,
+        }
+
+    gaps = sum(row["n"] * abs(row["mean_p"] - row["right"]) for row in rows if row["n"])
+    return {
+        "rows": rows,
+        "expected_calibration_error": gaps / len(own),
+        "visible_positions": len(own),
+        "mean_p_own_plus_mask": (own + other).mean().item(),
+        "share_of_sums_below_0.99": (own + other < 0.99).float().mean().item(),
+        "remask_all_turns": remasking_of(turn > 0),
+        "remask_first_turn": remasking_of(turn == 1),
+    }
+
+
+# ------------------------------------------------------------------------------------------------
+# Pictures
+
+
+def draw_lines(path: Path, rows: list[dict], key: str, label: str) -> None:
+    """Exact and valid of the rows against key, with 95 % intervals where a row has them."""
+    figure, ((axis,),) = rm.new_figure()
+    x = [row[key] for row in rows]
+    for share in ("exact", "valid"):
+        (line,) = axis.plot(x, [row[share] for row in rows], "o-", markersize=3, label=share)
+        if f"ci95_{share}" in rows[0]:
+            low, high = zip(*[row[f"ci95_{share}"] for row in rows])
+            axis.fill_between(x, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
+    if key == "turns":
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(x, x)
+    axis.yaxis.set_major_formatter("{x:.0%}")
+    axis.set(xlabel=label, ylabel="boards")
+    axis.grid(alpha=0.3)
+    axis.legend(frameon=False)
+    rm.save_figure(figure, path)
+
+
+def draw_calibration(path: Path, rows: list[dict], sums: Tensor) -> None:
+    """Left: the share that is right against p(x).  Right: the distribution of p(x) + p(M)."""
+    figure, ((left, right),) = rm.new_figure(1, 2, width=8.0)
+    rows = [row for row in rows if row["n"]]
+    p = [row["mean_p"] for row in rows]
+    left.plot([0, 1], [0, 1], color="grey", linewidth=1, linestyle="--")
+    left.plot(p, [row["right"] for row in rows], "o", markersize=3)
+    left.vlines(p, *zip(*[row["ci95"] for row in rows]))
+    left.set(xlabel="p(x) at visible cells", ylabel="share of them right")
+    right.hist(sums.numpy(), bins=[i / 50 for i in range(51)] + [1.02], log=True)
+    right.set(xlabel="p(x) + p(MASK) at visible cells", ylabel="cells")
+    rm.save_figure(figure, path)
+
+
+def animate(path: Path, trace: Tensor, clues: Tensor) -> None:
+    """A GIF of one revision.  trace: int64 [turns + 1, 81].  clues: bool [81], drawn bold.
+
+    Amber: re-masked in this turn; green: revealed in this turn; red digit: breaks a rule.
+    """
+    from matplotlib.animation import FuncAnimation, PillowWriter
+
+    figure, ((axis,),) = rm.new_figure(width=3.6, height=3.9)
+    white, amber, green = torch.tensor([[255, 255, 255], [255, 217, 138], [168, 224, 176]])
+
+    def frame(index: int) -> None:
+        turn = min(index, len(trace) - 1)  # the last state stays a while
+        now = trace[turn]
+        changed = (now != trace[max(turn - 1, 0)]).unsqueeze(-1)
+        color = torch.where(changed, green, white)
+        color = torch.where((now == MASK).unsqueeze(-1), amber, color)
+        axis.clear()
+        axis.imshow(color.view(9, 9, 3))
+        axis.set(title=f"turn {turn}", xticks=[], yticks=[])
+        for cell, broken in enumerate(conflicts(now).tolist()):
+            axis.text(
+                cell % 9, cell // 9, str(int(now[cell]) or ""), ha="center", va="center",
+                color="#c62828" if broken else "black", weight="bold" if clues[cell] else "normal",
+            )  # fmt: skip
+        for line in range(1, 9):
+            width = 0.5 if line % 3 else 1.8
+            axis.axhline(line - 0.5, color="black", linewidth=width)
+            axis.axvline(line - 0.5, color="black", linewidth=width)
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    FuncAnimation(figure, frame, frames=len(trace) + 3).save(path, PillowWriter(fps=1), dpi=100)
+    print(f"wrote {path}")
+
+
+def show_turn(now: Tensor, before: Tensor) -> str:
+    """A board as text: _ masked, -_ re-masked, +5 revealed in this turn, 5! breaks a rule."""
+    text = ""
+    for cell, broken in enumerate(conflicts(now).tolist()):
+        digit = int(now[cell])
+        change = "+" if digit else "-"
+        text += change if now[cell] != before[cell] else " "
+        text += f"{digit or '_'}{'!' if broken else ' '}"
+        if cell % 9 in (2, 5):
+            text += "| "
+        if cell % 9 == 8:
+            text += "\n"
+        if cell in (26, 53):
+            text += "---------+----------+---------\n"
+    return text
+
+
+def show_revision(
+    model: rm.MaskDiffusionTransformer, gamma: float, rotate: bool, board: Tensor,
+    solve: bool = False, max_turns: int = 32, reveal: int | None = None, gif: Path | None = None,
+) -> dict:  # fmt: skip
+    """Revises one board, int64 [81], and prints every turn; solve locks its clues."""
+    result = revise_boards(
+        model, gamma, rotate, board.unsqueeze(0), max_turns, reveal, solve
+    )
+    trace = result.trace[:, 0].cpu()
+    print("_ masked   -_ re-masked in this turn   +5 revealed in this turn   5! breaks a rule\n")
+    print(f"the board\n{show_turn(trace[0], trace[0])}")
+    for turn, (before, now) in enumerate(zip(trace[:-1], trace[1:]), 1):
+        print(f"turn {turn}: {int((before != now).sum())} cells changed\n{show_turn(now, before)}")
+    record = {
+        "board": "".join(map(str, trace[-1].tolist())),
+        "turns": result.turns[0],
+        "status": result.status[0],
+        "valid": bool(is_valid(trace[-1])),
+    }
+    valid = "valid" if record["valid"] else "not valid"
+    print(f"{record['status']} after {record['turns']} turns; {valid}")
+    if gif:
+        animate(gif, trace, (board != MASK) & solve)
+    return record
+
+
+# ------------------------------------------------------------------------------------------------
+# Files of boards
+
+BLANKS = ".0*_Xx?"  # an empty cell, as files write it
+
+
+def parse_board(text: str, where: str = "the board") -> Tensor:
+    """int64 [81] of 81 digits and BLANKS.  InputError says where and what is wrong."""
+    cells = "".join(text.split())
+    for place, cell in enumerate(cells, 1):
+        if cell not in "123456789" + BLANKS:
+            raise InputError(f"{where}: character {place}, {cell!r}, is no digit and no blank ({BLANKS})")
+    if len(cells) != 81:
+        raise InputError(f"{where} must be 81 digits, got {len(cells)}")
+    return torch.tensor([MASK if cell in BLANKS else int(cell) for cell in cells])
+
+
+def parse_puzzle(text: str, where: str = "the puzzle") -> Tensor:
+    """parse_board of a puzzle, whose clues must not break a rule."""
+    puzzle = parse_board(text, where)
+    clashing = conflicts(puzzle)
+    if clashing.any():
+        cell = int(clashing.nonzero()[0])
+        raise InputError(f"{where}: clues clash at row {cell // 9 + 1}, column {cell % 9 + 1}")
+    return puzzle
+
+
+def read_grids(path: Path) -> Iterator[tuple[str, list[str]]]:
+    """(where, [a board, or a puzzle and its solution]) of files as people have them.
+
+    81 characters a line or two such, with blanks or commas between (what is shorter beside them,
+    an id or a rating, is passed over), or nine lines of nine.  # starts a comment; rulers and
+    titles (quizzes,solutions; Grid 01) are passed over.
+    """
+    rows = []  # of a board in nine lines
+    for number, line in rm.read_lines(path):
+        words = re.sub(r'[\s,;|"]+', " ", line.split("#")[0]).split()
+        cells = "".join(words)
+        title = cells and words[0].isalpha() and len(words[0]) < 9 and set(words[0]) - set("Xx")
+        if title or set(cells) <= set("-+="):
+            continue
+        where = f"{path} line {number}"
+        if len(cells) == 9:
+            rows.append(cells)
+            if len(rows) == 9:
+                yield f"{where} and the eight before", ["".join(rows)]
+                rows = []
+            continue
+        boards = [cells] if len(cells) == 81 else [word for word in words if len(word) > 9]
+        if rows or len(boards) not in (1, 2):
+            raise InputError(f"{where} must be 81 digits, twice 81, or one of nine lines of nine")
+        yield where, boards
+    if rows:
+        raise InputError(f"{path} ends after {len(rows)} of nine lines of nine")
+
+
+def read_boards(path: Path, n: int, solved: bool) -> tuple[Tensor, Tensor]:
+    """The first n puzzles and their solutions, int64 [n, 81] both; MASK where there is none.
+
+    solved: every line must have a complete valid board.
+    """
     pairs = []
-    for number, line in read_lines(path):
-        parts = line.split()
-        if len(parts) != 2:
-            raise InputError(f"{path} line {number} must be a puzzle and its solution, got {len(parts)} words")
-        puzzle = parse_board(parts[0], blanks=True, where=f"{path} line {number}, the puzzle,")
-        solution = parse_board(parts[1], blanks=False, where=f"{path} line {number}, the solution,")
-        if not is_valid(solution) or ((puzzle != MASK) & (puzzle != solution)).any():
-            raise InputError(f"{path} line {number}: the solution does not solve the puzzle")
+    for where, texts in islice(read_grids(path), n):
+        puzzle = parse_puzzle(texts[0], where)
+        solution = torch.zeros_like(puzzle)
+        if solved or len(texts) == 2:
+            solution = parse_board(texts[-1], where)
+            if not is_valid(solution) or ((puzzle != MASK) & (puzzle != solution)).any():
+                raise InputError(f"{where}: no valid solved board, or of another puzzle")
         pairs.append((puzzle, solution))
+    if not pairs:
+        raise InputError(f"{path} has no board")
     puzzles, solutions = zip(*pairs)
     return torch.stack(puzzles), torch.stack(solutions)
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Reflective Masking on Sudoku: train, evaluate, revise boards, solve puzzles. "
-        "Without arguments: train the full variant for --minutes, evaluate it and draw its figures.",
-    )
-    group = parser.add_argument_group("what to do (default: train)").add_mutually_exclusive_group()
-    add = group.add_argument
-    add("--evaluate", action="store_true", help="score --checkpoint on the test boards, or on --boards")
-    add("--revise", metavar="BOARD", help="repair a board of 81 digits and show every turn (0 or . is masked)")
-    add("--solve", metavar="PUZZLE", help="solve a puzzle: clues locked, 0 or . for blanks")
-    add("--puzzles", type=Path, metavar="FILE", help="score solving: a puzzle and its solution a line")
-    add("--study", choices=[*STUDIES, "all"], help="one of the README's studies: a JSON and a figure")
-    add = parser.add_argument_group("training").add_argument
-    add("--variant", choices=[*VARIANTS, "all"], default="full", help="'all': every model of the README's tables")
-    add("--minutes", type=float, default=15, help="training time; turned into a number of steps (default 15)")
-    add("--steps", type=int, help="train exactly this many steps instead, for equal training")
-    add("--second-guess", type=float, default=0.3, help="share of second wrong guesses in trajectories (default 0.3)")
-    add("--own-states", type=float, default=0.5,
-        help="share of the batch that goes on from own decisions (default 0.5; 0 is better for rm and direct)")
-    add("--pool", type=int, default=10_000, help="training boards before symmetries (default 10000)")
-    add("--validation", type=int, default=300, help="validation boards (default 300)")
-    add("--study-steps", type=int, default=800, help="training steps a model in --study gamma and data")
-    add("--precision", choices=["bf16", "float32"], help="default bf16 where the processor has it")
-    add("--compile", action="store_true", help="torch.compile the network (needs a C++ compiler on CPU)")
-    add = parser.add_argument_group("evaluation").add_argument
-    add("--checkpoint", type=Path, default=HERE / "checkpoints/sudoku_full.pt", help="default: the shipped one")
-    add("--boards", type=Path, metavar="FILE", help="solved boards, 81 digits a line, instead of random ones")
-    add("--n", type=int, default=2000, help="test boards at most (default 2000)")
-    add("--corrupt", type=int, nargs=2, default=(4, 20), metavar=("LOW", "HIGH"), help="wrong cells (default 4 20)")
-    add("--max-turns", type=int, default=32, help="forward passes at most (default 32)")
-    add("--reveal", type=int, help="reveal at most this many cells a turn, most confident first (default: all)")
-    add = parser.add_argument_group("general").add_argument
-    add("--seed", type=int, default=0, help="of training; with --evaluate, of the test boards (default 0)")
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
-    add("--out", type=Path, help="where files go (default runs/sudoku, with --smoke runs/smoke)")
-    add("--json", type=Path, metavar="FILE", help="also write the result as JSON")
-    add("--gif", type=Path, metavar="FILE", help="with --revise or --solve: write the revision as an animation")
-    add("--smoke", action="store_true", help="everything tiny, in seconds, to see that it runs")
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}\n")  # one line, no usage
-    args = parser.parse_args()
-    single = args.revise is not None or args.solve is not None
-    if args.evaluate or args.puzzles or single:  # an option that would be ignored is an error
-        unused = ["variant", "minutes", "steps", "second_guess", "own_states", "pool", "validation", "study_steps"]
-        unused += ["precision", "compile"] + ["corrupt"] * (not args.evaluate) + ["n", "seed"] * single
-        for name in unused:
-            if getattr(args, name) != parser.get_default(name):
-                parser.error(f"--{name.replace('_', '-')} has no effect there: it belongs to training or the test boards")
-    if args.smoke:
-        args.steps, args.study_steps, args.pool, args.validation, args.n, args.max_turns = 4, 1, 20, 8, 8, 4
-    args.out = args.out or HERE / ("runs/smoke" if args.smoke else "runs/sudoku")
-    if not 0 <= args.seed < TEST_SEED:
-        parser.error(f"--seed must lie in 0..{TEST_SEED - 1}: the seeds above make the test and validation boards")
-    if args.boards and not args.evaluate:
-        parser.error("--boards goes with --evaluate")
-    if args.gif and (args.revise is None and args.solve is None or args.gif.suffix != ".gif"):
-        parser.error("--gif goes with --revise or --solve and must end in .gif")
-    if args.reveal is not None and (args.reveal < 1 or not (args.evaluate or args.puzzles or args.revise or args.solve)):
-        parser.error("--reveal must be at least 1, and goes with --evaluate, --puzzles, --revise or --solve")
-    if args.json and args.json.is_dir():
-        parser.error(f"--json {args.json} is a folder")
-    low, high = args.corrupt
-    if not 0 <= low <= high <= 81:
-        parser.error(f"--corrupt must be 0 <= LOW <= HIGH <= 81, got {low} {high}")
-    for name in ("n", "max_turns", "pool", "validation", "study_steps"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1")
-    if not 0 < args.minutes < 1e5 or (args.steps is not None and args.steps < 1):
-        parser.error("--minutes and --steps must be positive")
-    if not (0 <= args.second_guess <= 1 and 0 <= args.own_states <= 1):
-        parser.error("--second-guess and --own-states must lie in [0, 1]")
+# ------------------------------------------------------------------------------------------------
+# The command line
+
+
+def parse_options():
+    """The command line, with what depends on the mode filled in."""
+    options = rm.Options(description="Reflective Masking on Sudoku.  Without arguments: train the "
+                         "full variant for 15 minutes, evaluate it, draw its figures.")  # fmt: skip
+    count = rm.number(int, 1)
+    share = rm.number(float, 0, 1)
+    add = options.add_argument_group("what to do (default: train)")
+    add = add.add_mutually_exclusive_group().add_argument
+    add("--evaluate", action="store_true", help="score --checkpoint on the test boards or --boards")
+    add("--revise", metavar="BOARD", help=f"repair 81 digits, blank {BLANKS}, and show every turn")
+    add("--solve", metavar="PUZZLE", help="the same with the clues locked")
+    add("--puzzles", type=Path, metavar="FILE", help="score solving; solutions need not be given")
+    add("--study", choices=["turns", "severity", "calibration", "all"], help="a JSON and a figure")
+    add = options.group("training", "train")
+    add("--variant", choices=[*VARIANTS, "all"], default="full", help="all: those of the tables")
+    add("--minutes", type=rm.number(float, 0.01), default=15, help="made into steps (default 15)")
+    add("--steps", type=count, help="exactly so many instead, for equal training")
+    add("--gamma", type=share, help="decay of history (default: the variant's)")
+    add("--no-rotate", dest="rotate", action="store_const", const=False, help="history without HER")
+    add("--own-states", type=share, default=0.5,
+        help="of a batch, goes on from own decisions (default 0.5; 0 is better for rm and direct)")
+    add("--second-guess", type=share, default=0.3, help="of the trajectories (default 0.3)")
+    add("--compile", action="store_true", help="torch.compile (on a CPU it needs a C++ compiler)")
+    trained = ("evaluate", "revise", "solve", "puzzles", "study")
+    add = options.group("evaluation")
+    add("--checkpoint", type=Path, modes=trained, default=Path(__file__).parent / "checkpoints/sudoku_full.pt",
+        help="default: the shipped one")
+    add("--boards", type=Path, metavar="FILE", modes=trained[:1], help="solved ones, to corrupt")
+    add("--n", type=count, default=2000, modes=("train", "evaluate", "puzzles", "study"),
+        help="boards at most (default 2000)")
+    add("--corrupt", type=rm.number(int, 0, 81), nargs=2, default=TASK, metavar=("LOW", "HIGH"),
+        modes=("train", "evaluate", "study"), help="wrong cells (default 4 20)")
+    add("--max-turns", type=count, help="forward passes at most (default 32; solving 100)")
+    add("--reveal", type=rm.number(int, 0, 81), modes=trained[:4],
+        help="cells revealed a turn at most, the surest first; 0: all (default 0; solving 1)")
+    add("--gif", type=Path, metavar="FILE", modes=("revise", "solve"), help="animate the turns")
+    options.general("runs/sudoku", "of training or, with --evaluate, of the test boards",
+                    ("train", "study"), ("train", "evaluate"))  # fmt: skip
+    args = options.parse(lambda args: next((m for m in trained if m in args.given), "train"))
+
+    ignored = {
+        "minutes": args.steps or args.smoke,
+        "own_states": args.variant == "plain",
+        "second_guess": args.variant == "plain",
+        "corrupt": args.study == "severity",
+        "max_turns": args.study == "turns",
+    }
+    for name in args.given:
+        if ignored.get(name):
+            options.error(f"--{name.replace('_', '-')} has no effect there")
+    if args.corrupt[0] > args.corrupt[1]:
+        options.error(f"--corrupt: {args.corrupt[0]} is more than {args.corrupt[1]}")
+    for path in {args.gif} - {None}:
+        rm.check_writable(path)
+        if path.suffix != ".gif":
+            options.error("--gif must end in .gif")
+    tiny = {"steps": 4, "n": 8, "max_turns": 4} if args.smoke else {}
+    for name in tiny.keys() - args.given:
+        setattr(args, name, tiny[name])
+    solving = args.mode in ("solve", "puzzles")
+    args.max_turns = args.max_turns or (100 if solving else 32)
+    args.reveal = int(solving) if args.reveal is None else args.reveal
+    args.out = args.out or Path(__file__).parent / "runs" / ("smoke" if args.smoke else "sudoku")
     return args
 
 
-def load(args) -> None:
-    args.model = rm.load_checkpoint(args.checkpoint, "sudoku", args.device, ("gamma", "rotate", "variant"))
-
-
 def main() -> None:
-    args = parse_arguments()
-    args.device = rm.start_device(args.device)
-    args.precision = args.precision or rm.best_precision(args.device)
-    if rm.dist.is_initialized() and (args.evaluate or args.puzzles or args.study or args.revise or args.solve):
+    args = parse_options()
+    device = rm.start_device(args.device)
+    if args.mode == "train":
+        result = run_training(args, device)
+    elif rm.dist.is_initialized():
         raise InputError("torchrun is for training; run this with one process")
-    if args.revise is not None or args.solve is not None:
-        board = parse_board(args.solve if args.revise is None else args.revise, blanks=True)
-        if args.solve and conflicts(board).any():
-            cell = int(conflicts(board).nonzero()[0])
-            raise InputError(f"the puzzle's clues clash at row {cell // 9 + 1}, column {cell % 9 + 1}")
-        load(args)
-        result = revise_board(args, board, solve=bool(args.solve))
-    elif args.puzzles:
-        puzzles, solutions = (boards[: args.n] for boards in read_puzzles(args.puzzles))
-        load(args)
-        model, info = args.model
-        result = evaluate(model, info["gamma"], info["rotate"], solutions, puzzles, args.max_turns,
-                          editable=puzzles == MASK, reveal=args.reveal)
-        result |= {"seed": args.seed, "checkpoint": args.checkpoint.name, "provenance": rm.provenance()}
-        print(f"solved {100 * result['exact']:.1f} % of {result['n']} puzzles in {result['mean_turns']:.1f} turns")
-    elif args.evaluate:
-        clean = read_boards(args.boards)[: args.n] if args.boards else random_boards(args.n, TEST_SEED + args.seed)
-        start = corrupt(clean, *args.corrupt, TEST_SEED + args.seed)
-        load(args)
-        model, info = args.model
-        make_rule = MAKE_RULE.get(info["variant"], make_eq1)
-        result = evaluate(
-            model, info["gamma"], info["rotate"], clean, start, args.max_turns, make_rule, reveal=args.reveal
-        )
-        result |= {"seed": args.seed, "checkpoint": args.checkpoint.name, "provenance": rm.provenance()}
-        baseline = info["variant"] in MAKE_RULE
-        print_table({f"{'baseline' if baseline else 'ours'}, {info['variant']}": result})
-    elif args.study:
-        if args.study not in ("gamma", "data"):
-            load(args)
-        names = STUDIES if args.study == "all" else [args.study]
-        result = {}
-        for name in names:
-            print(f"study: {name}")
-            result[name] = STUDIES[name](args)
-            result[name].setdefault("provenance", rm.provenance())
-            rm.write_json(args.out / f"sudoku_{name}.json", result[name])
     else:
-        result = train_all(args)
+        result = use_checkpoint(args, device)
     if args.json and rm.is_main_process():
         rm.write_json(args.json, result)
 
 
-def train_all(args) -> dict:
-    """The bare command and --variant all: trains what is not done yet, prints the table, draws the curves."""
+def run_training(args, device: torch.device) -> dict:
+    sizes = {"pool": 20, "validation": 8} if args.smoke else {}
+    names = {field.name for field in fields(Settings)} & vars(args).keys()
+    settings = Settings(**{name: getattr(args, name) for name in names}, **sizes)
     runs = [(args.variant, args.seed)]
     if args.variant == "all":  # the full variant and plain RM with two seeds more
         runs = [(variant, args.seed) for variant in VARIANTS]
-        runs += [(variant, args.seed + more) for more in (1, 2) for variant in ("full", "rm")]
-    table, seed = {}, args.seed
-    for variant, args.seed in runs:
-        record = train_variant(variant, args)
-        if not record:  # not the main process
+        runs += [(variant, args.seed + i) for i in (1, 2) for variant in ("full", "rm")]
+    return train_table(runs, settings, args.out, device)
+
+
+def use_checkpoint(args, device: torch.device) -> dict:
+    needs = ("gamma", "rotate", "variant")
+    model, info = rm.load_checkpoint(args.checkpoint, "sudoku", device, needs)
+    make_rule = MAKE_RULE.get(info["variant"])
+    if make_rule and (args.mode != "evaluate" or args.reveal):
+        raise InputError(f"{args.checkpoint} does not follow Eq. 1: --evaluate it without --reveal")
+    trained = (model, info["gamma"], info["rotate"])
+    how = {"max_turns": args.max_turns, "reveal": args.reveal or None}
+    if args.mode == "revise":
+        return show_revision(*trained, parse_board(args.revise), gif=args.gif, **how)
+    if args.mode == "solve":
+        puzzle = parse_puzzle(args.solve)
+        return show_revision(*trained, puzzle, solve=True, gif=args.gif, **how)
+    if args.mode == "puzzles":
+        puzzles, solutions = read_boards(args.puzzles, args.n, solved=False)
+        score = evaluate(*trained, solutions, puzzles, solve=True, **how)
+        if (solutions == MASK).any():
+            compared = "exact ci95_exact replay_mistake remasked_wrong_cells replayed_cells right"
+            score |= dict.fromkeys(compared.split())
+        score = {"solved": score["valid"], "ci95_solved": score["ci95_valid"], **score}
+        boards = rm.fingerprint(puzzles, solutions)
+        print(f"solved {score['solved']:.1%} of {score['n']} puzzles, {score['mean_turns']:.1f} turns")
+    else:
+        clean = random_boards(args.n, TEST_SEED + args.seed)
+        if args.boards:
+            _, clean = read_boards(args.boards, args.n, solved=True)
+        start = corrupt(clean, *args.corrupt, TEST_SEED + args.seed)
+        if args.mode == "study":
+            return run_studies(args, trained, clean, start)
+        score = evaluate(*trained, clean, start, make_rule=make_rule, **how)
+        boards = rm.fingerprint(clean, start)
+        kind = "baseline" if make_rule else "ours"
+        print_table({f"{kind}, {info['variant']}": score})
+    return {
+        **score,
+        "seed": args.seed,
+        "checkpoint": args.checkpoint.name,
+        "boards": boards,
+        "provenance": rm.provenance(),
+    }
+
+
+def run_studies(args, trained: tuple, clean: Tensor, start: Tensor) -> dict:
+    result = {}
+    for name in ("turns", "severity", "calibration"):
+        if args.study not in (name, "all"):
             continue
-        about = {key: record[key] for key in ("steps", "minutes", "provenance")}
-        table |= {label: score | about for label, score in record["test"].items()}
-    args.seed = seed
-    if not table:
-        return {}
-    print_table(table)
-    if args.variant != "all":
-        curve = record["curve"]
-        minutes = [point["minutes"] for point in curve]
-        draw_lines(args.out / f"{args.variant}_curve.png", "minutes of training", minutes, percent(curve, "exact", "valid"))
-        if args.variant not in MAKE_RULE:
-            checkpoint = args.out / f"{args.variant}_seed{args.seed}.pt"
-            args.model = rm.load_checkpoint(checkpoint, "sudoku", args.device)
-            args.gif = args.out / f"{args.variant}_revision.gif"
-            revise_board(args, corrupt(random_boards(1, TEST_SEED), 20, 20, TEST_SEED)[0], solve=False)
-    result = {"table": table, "paper": PAPER}
-    if args.variant == "all":
-        ours = f"ours, full, seed {seed}"
-        result["ours_against"] = {
-            label: paired_test(table[ours]["right"], row["right"]) for label, row in table.items() if label != ours
-        }
-        print(f"\nexact of '{ours}' on the same boards, against")
-        for label, test in result["ours_against"].items():
-            low, high = (100 * bound for bound in test["ci95"])
-            print(f"{label:44}{100 * test['difference']:>+7.1f} points ({low:+.1f} to {high:+.1f}), p = {test['p']:.2g}")
-    rm.write_json(args.out / ("table.json" if args.variant == "all" else f"{args.variant}_table.json"), result)
+        path = args.out / f"sudoku_{name}.png"
+        if name == "turns":
+            study = {"rows": study_turns(*trained, clean, start)}
+            draw_lines(path, study["rows"], "turns", "turns at most")
+        elif name == "severity":
+            some = clean[: max(1, args.n // 4)]
+            study = {"rows": study_severity(*trained, some, args.max_turns)}
+            draw_lines(path, study["rows"], "wrong_cells", "wrong cells")
+        else:
+            decisions = visible_decisions(*trained, clean, start, args.max_turns)
+            study = study_calibration(decisions)
+            draw_calibration(path, study["rows"], decisions[:, :2].sum(-1))
+        result[name] = {**study, "provenance": rm.provenance()}
+        rm.write_json(path.with_suffix(".json"), result[name])
     return result
 
 
