@@ -214,10 +214,12 @@ def _scan(
     # keeps the place of its group; _first_in_group finds the id at the end.
     #
     # Within a group a tournament of maxima and minima finds the largest; each loser of a pair is
-    # exponentiated once.  On sm_90 that makes 165 instructions for 16 bf16 elements (10 each; 12
-    # in the one tile that holds MASK), 32 registers, two 16-byte loads in flight in each of up to
-    # 2,048 threads.  132 multiprocessors issue 2.9e13 a second, so 5 TB/s of bf16: memory, at
-    # 3 TB/s, is the limit, and what remains to the floor is the start and end of programs.
+    # exponentiated once.  On sm_90 that makes 165 instructions for 16 bf16 elements in the loss,
+    # 219 in decide, where 32 run in the tile that holds MASK alone: 10 to 12 an element.  An H100
+    # issues 2.9e13 a second, so 5 TB/s of bf16: memory, at 3 TB/s, is the limit.  32 to 56
+    # registers leave 1,024 threads or more a multiprocessor, each with two 16-byte loads in
+    # flight: 32 KB, where 3 TB/s at a latency of 0.8 us want 18.  What remains to the floor is the
+    # start and end of programs.  These are arguments from compiled code, not timings.
     # A load is 16 bytes only if its mask is constant over them: MASK is replaced after it.
     GROUPS: tl.constexpr = COLUMNS // GROUP
     top = tl.full([ROWS, GROUPS], -float("inf"), tl.float32)
@@ -408,7 +410,7 @@ def _merge(states, rows, tokens, editable, mask_id, decision) -> None:
     """Writes the reveals of masked positions from states of [count, chunks]."""
     count, chunks = states[0].shape
     best, confidence, _, following = decision
-    merged = triton.next_power_of_2(chunks)
+    merged = max(16, triton.next_power_of_2(chunks))  # one kernel for up to 16 parts of a row
     tile = max(1, 64 // merged)
     _launch(
         _merge_kernel, (triton.cdiv(count, tile),),
@@ -666,8 +668,7 @@ def decide_from_hidden(
                 rows = (~masked).to(torch.uint8).argsort(stable=True)[:max_masked]
             if len(rows) <= FUSED_ROWS:
                 _reveal_fused(hidden, head, bias, rows, tokens, editable, mask_id, decision)
-                rows = rows[:0]
-            for block in rows.split(size):
+            for block in rows.split(size) if len(rows) > FUSED_ROWS else ():
                 logits = F.linear(hidden[block], head, bias)  # rounded as a model's own logits
                 _decide_rows(logits, block, tokens, editable, mask_id, decision, visible=False)
     return tuple(x.view(shape) for x in decision)
