@@ -132,7 +132,8 @@ def test_gradient_reaches_the_embedding(gamma, rotate, size):
     states, embedding = random_case(3, size)
     states[:, 0, 0] = 1  # a token that repeats
     embedding.requires_grad_()
-    assert torch.autograd.gradcheck(lambda e: history_embedding(states, e, gamma, rotate), embedding)
+    read = lambda weight: history_embedding(states, weight, gamma, rotate)
+    assert torch.autograd.gradcheck(read, embedding)
 
 
 @pytest.mark.parametrize("rows", [torch.tensor([3, 1]), torch.tensor([False, True, False, True])])
