@@ -423,8 +423,9 @@ def _merge(states, rows, tokens, editable, mask_id, decision) -> None:
 
 
 def _new_states(count: int, chunks: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    top, rest = torch.empty(2, count, chunks, dtype=torch.float32, device=device)
-    return top, torch.empty(count, chunks, dtype=torch.int32, device=device), rest
+    # Three allocations: a half of one may start off 16 bytes, and each case would compile anew.
+    dtypes = torch.float32, torch.int32, torch.float32
+    return tuple(torch.empty(count, chunks, dtype=dtype, device=device) for dtype in dtypes)
 
 
 def _decide_rows(logits, rows, tokens, editable, mask_id, decision, visible) -> None:
@@ -728,7 +729,7 @@ def _store_halves(line, column, half, width, use, u, v):
     tl.store(line + half + column, v, mask=use[:, None] & (column + half < width))
 
 
-@jit(do_not_specialize=["count", "turns"])
+@jit(do_not_specialize=["count"])
 def _history_kernel(
     states, embedding, cos, sin,
     past, gradient, sum_out, read_out, table_out,
@@ -963,7 +964,8 @@ def _nll(logits, target, role) -> tuple[Tensor, Tensor]:
     """(-log p(target), 0 where the role is IGNORE; log sum exp of every row)."""
     x, walk, group = _walk(logits)
     tile, columns, warps = _tile(walk[-1])
-    loss, lse = torch.empty(2, *role.shape, dtype=torch.float32, device=x.device)
+    loss = torch.empty(role.shape, dtype=torch.float32, device=x.device)
+    lse = torch.empty_like(loss)
     _launch(
         _nll_kernel, (triton.cdiv(role.numel(), tile),),
         x, target, role, loss, lse, role.numel(), *walk,
