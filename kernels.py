@@ -105,7 +105,7 @@ def check_head(head: Tensor, bias: Tensor | None, x: Tensor) -> None:
     """The output weight [V, D] and its bias [V] or None, of the dtype and device of x [..., D]."""
     kind = x.dtype, x.device
     fits = head.ndim == 2 and head.shape[1:] == x.shape[-1:] and (head.dtype, head.device) == kind
-    want = f"[V, {[*x.shape][-1:]}], {x.dtype} on {x.device} as hidden is"
+    want = f"[V, {x.shape[-1]}], {x.dtype} on {x.device} as hidden is"
     require(fits, f"head must be {want}, got {[*head.shape]}, {head.dtype} on {head.device}")
     if bias is not None:
         fits = bias.shape == head.shape[:1] and (bias.dtype, bias.device) == kind

@@ -45,7 +45,6 @@ SHAPES = {  # N, V, D, MASK, dtypes
     "sudoku": (41472, 10, 128, 0, (F32,)),
     "one": (1, 2, 1, 1, (F32,)),  # what Triton makes of arguments that are 1
     "odd": (7, 3000, 123, 1, (BF16,)),
-    "long": (32768, 126464, 256, 5, (BF16,)),  # offsets beyond 2^31
 }
 BRIEF = "llada,sudoku,one,odd"
 SHARED = {"sm_80": 166_912, "gfx942": 65_536}  # bytes a program may have; else 232,448
@@ -58,13 +57,14 @@ def meta(*shape, dtype=torch.int64, grad=False):
 def call_everything(count, vocabulary, width, mask_id, dtype):
     """Every public function, so every launch: strides, int32 ids and each switch."""
     tokens, locks = meta(count), meta(count, dtype=torch.bool)
-    ids = meta(2, count, dtype=torch.int32)
+    ids = meta(2, 3 * count, dtype=torch.int32)  # at shape llada a stride beyond 2^31
+    batch, may = meta(2, 3 * count, vocabulary, dtype=dtype), meta(3 * count, dtype=torch.bool)
     hidden, head = meta(count, width, dtype=dtype), meta(vocabulary, width, dtype=dtype)
     bias = meta(vocabulary, dtype=dtype)
     kernels.decide_from_logits(meta(count, vocabulary, dtype=dtype), tokens, mask_id)
     few = tokens[:64]
     kernels.decide_from_logits(meta(len(few), vocabulary, dtype=dtype), few, mask_id)
-    kernels.decide_from_logits(meta(2, count, vocabulary, dtype=dtype), ids, mask_id, locks)
+    kernels.decide_from_logits(batch, ids, mask_id, may)
     kernels.decide_from_logits(meta(vocabulary, count, dtype=dtype).T, tokens, mask_id)
     for most in (16, 32, 64, 1000) if vocabulary > kernels.DENSE_VOCABULARY else (None,):
         kernels.decide_from_hidden(hidden, head, tokens, mask_id, locks, bias, most)
