@@ -340,7 +340,8 @@ def revise(
         fits = logits.shape[:2] == tokens.shape
         wanted = f"denoiser must return [{len(tokens)}, {tokens.shape[1]}, ...]"
         require(fits, f"{wanted}, got {[*logits.shape]}: what it holds a sequence goes in context")
-        require(not logits.amax().isnan(), f"denoiser returned NaN in turn {turn}")
+        nan = logits.numel() > 0 and logits.amax().isnan()
+        require(not nan, f"denoiser returned NaN in turn {turn}")
         following = (rule or eq1)(logits, tokens, mask_id, editable=editable, reveal=reveal)
 
         settled = (following == tokens).all(-1).tolist()
@@ -772,7 +773,7 @@ def gather(value) -> list:
 
 @contextlib.contextmanager
 def signals_wait() -> Iterator[list[int]]:
-    """SIGINT and SIGTERM are noted in a list, so that no step is cut in two (one process alone)."""
+    """SIGINT and SIGTERM are noted in a list, so that no step is cut in two; not under torchrun."""
     received: list[int] = []
     wanted = () if dist.is_initialized() else (signal.SIGINT, signal.SIGTERM)
     before = [signal.signal(name, lambda number, _: received.append(number)) for name in wanted]
@@ -1074,7 +1075,7 @@ class Options(argparse.ArgumentParser):
     def general(self, out: str, seed: str = "of training", out_modes=(), seed_modes=()) -> None:
         """The options that every script has; out, seed and their modes differ."""
         add = self.group("general")
-        add("--seed", type=number(int, 0, 999_999), default=0, modes=seed_modes, help=f"{seed} (default 0)")
+        add("--seed", type=number(int, 0, 999_999), default=0, modes=seed_modes, help=f"{seed} (0)")
         add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
         add("--out", type=Path, metavar="DIR", modes=out_modes, help=f"default {out}")
         add("--json", type=Path, metavar="FILE", help="also write the result as JSON")
@@ -1095,8 +1096,9 @@ class Options(argparse.ArgumentParser):
             if action.dest in args.given and modes and args.mode not in modes:
                 self.error(f"{action.option_strings[0]} has no effect with {args.mode}")
         for path in (args.json, args.out):
-            if path:  # a folder is named without an ending
-                check_writable(path if path.suffix or path == args.json else path / "file")
+            if path:  # --out may name a file, too, which then has an ending
+                file = path == args.json or (path.suffix and not path.is_dir())
+                check_writable(path if file else path / "file")
         return args
 
     def error(self, message: str):
