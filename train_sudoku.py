@@ -5,11 +5,11 @@ ones, nobody says.  The model re-masks what it doubts, reveals again, stops when
     python train_sudoku.py --variant all     every model of the tables; resumes where it stopped
     python train_sudoku.py --evaluate        score the shipped checkpoint on 2,000 boards
     python train_sudoku.py --study all       accuracy against turns and wrong cells; calibration
-    python train_sudoku.py --revise BOARD    watch it repair a board
-    python train_sudoku.py --solve PUZZLE    the same with the clues locked; --puzzles FILE scores
+    python train_sudoku.py --revise BOARD    watch it repair a board; --solve PUZZLE locks the clues
+    python train_sudoku.py --puzzles FILE    score solving
 
-Reading order: boards, metrics, training data, baselines, evaluation, training, studies, pictures,
-files and command line.  Tokens: MASK is 0, a digit is itself.
+Reading order: boards and metrics, training data, baselines, evaluation, training, studies and
+pictures, files and command line.  Tokens: MASK is 0, a digit is itself.
 What differs from the paper: it states neither its training data nor its settings, so sample_batch,
 own states and the constants are ours.  As there, any cell may be re-masked, except in --solve.
 """
@@ -53,7 +53,7 @@ TASK = (4, 20)  # wrong cells of a board in the paper's task
 TEST_SEED, VALIDATION_SEED = 1_000_000, 2_000_000  # training boards use the seeds below
 
 # ------------------------------------------------------------------------------------------------
-# Boards
+# Boards and the paper's four metrics; exact is (tokens == clean).all(-1)
 
 
 def units_of(tokens: Tensor) -> Tensor:
@@ -136,10 +136,6 @@ def corrupt(clean: Tensor, low: int, high: int, seed: int) -> Tensor:
     cells = choose_cells(len(clean), low, high, generator)
     wrong = rm.uniform_wrong(clean, DIGITS, 1, generator)[0]
     return torch.where(cells, wrong, clean)
-
-
-# ------------------------------------------------------------------------------------------------
-# The paper's four metrics; exact is (tokens == clean).all(-1)
 
 
 def is_valid(tokens: Tensor) -> Tensor:
@@ -374,26 +370,6 @@ def new_model(device: torch.device | str = "cpu", width: int = 128) -> rm.MaskDi
     return rm.MaskDiffusionTransformer(config).to(device)
 
 
-def training_options(variant: str, settings: Settings, pool: Tensor) -> dict:
-    """What rm.train is told about a variant; pool as in sample_batch."""
-    gamma, rotate = VARIANTS[variant]
-    plain = variant == "plain"
-    guess = settings.second_guess
-    options = {
-        "sample": partial(sample_batch, pool=pool, plain=plain, second_guess=guess),
-        "mask_id": MASK,
-        "gamma": gamma if settings.gamma is None else settings.gamma,
-        "rotate": rotate if settings.rotate is None else settings.rotate,
-        "own_states": 0.0 if plain else settings.own_states,
-        "accept": is_valid,  # a row that goes on ends by the rules of Sudoku, not by the truth
-        "compile": settings.compile,
-        **TRAINING,
-    }
-    if variant == "direct":
-        options |= {"oracle": truth_everywhere, "rule": direct_replacement}
-    return options
-
-
 def train_variant(
     variant: str, settings: Settings, out: Path, device: torch.device, seed: int = 0
 ) -> dict:
@@ -401,36 +377,47 @@ def train_variant(
 
     Returns the record (under torchrun the first process's); a finished run's is read back.
     """
+    path = out / f"{variant}_seed{seed}"
+    resume = path.with_suffix(".resume.pt")
     pool = random_boards(settings.pool, seed)
     validation = random_boards(settings.validation, VALIDATION_SEED)
     start = corrupt(validation, *TASK, VALIDATION_SEED)
     clean = random_boards(settings.n, TEST_SEED)
     test = corrupt(clean, *settings.corrupt, TEST_SEED)
-    asked = {
-        **asdict(settings),
-        "minutes": None if settings.steps else settings.minutes,
-        "corrupt": list(settings.corrupt),
-        "boards": rm.fingerprint(pool, validation, start, clean, test),
-    }
-    path = out / f"{variant}_seed{seed}"
-    resume = path.with_suffix(".resume.pt")
+    boards = rm.fingerprint(pool, validation, start, clean, test)
+    asked = asdict(settings) | {"corrupt": list(settings.corrupt), "boards": boards}
     record = rm.finished_record(path.with_suffix(".json"), asked)
     if record:
         return record
 
     torch.manual_seed(seed)
     model = new_model(device)
-    options = training_options(variant, settings, pool.to(device)) | {"seed": seed}
+    gamma = VARIANTS[variant][0] if settings.gamma is None else settings.gamma
+    rotate = VARIANTS[variant][1] if settings.rotate is None else settings.rotate
+    plain, direct = variant == "plain", variant == "direct"
+    guess = settings.second_guess
+    options = {
+        "sample": partial(sample_batch, pool=pool.to(device), plain=plain, second_guess=guess),
+        "mask_id": MASK,
+        "gamma": gamma,
+        "rotate": rotate,
+        "own_states": 0.0 if plain else settings.own_states,
+        "accept": is_valid,  # a row that goes on ends by the rules of Sudoku, not by the truth
+        "oracle": truth_everywhere if direct else rm.oracle_action,
+        "rule": direct_replacement if direct else rm.decide,
+        "compile": settings.compile,
+        "seed": seed,
+        **TRAINING,
+    }
     notes = rm.resume_notes(resume, asked)
     if notes is None:
         trial = rm.train(new_model(device), steps=40, warmup=40, **options)
         steps = settings.steps or rm.steps_in(settings.minutes, trial)
         notes = {"steps": steps, "curve": [], "settings": asked}
-    steps = notes["steps"]
-    curve = notes["curve"]
+    steps, curve = notes["steps"], notes["curve"]
     every = max(1, min(250, steps // 8))
     options |= {"checkpoint": resume, "checkpoint_every": every, "notes": notes}
-    score = partial(evaluate, model, options["gamma"], options["rotate"])
+    score = partial(evaluate, model, gamma, rotate)
     main = rm.is_main_process()
     if main:
         print(f"{variant}, seed {seed}: {steps} steps of {TRAINING['batch_size']} boards, {device}")
@@ -439,12 +426,13 @@ def train_variant(
         scored = step % every == 0 or step == steps
         if scored and main:
             now = score(validation, start, settings.max_turns, MAKE_RULE.get(variant))
-            point = {"step": step, "minutes": stats["seconds"] / 60}
-            point |= {role: stats[role].item() for role in ("reveal", "remask", "keep")}
-            curve.append(point | {key: now[key] for key in ("exact", "valid", "n")})
+            losses = {role: stats[role].item() for role in ("reveal", "remask", "keep")}
+            shares = {key: now[key] for key in ("exact", "valid", "n")}
+            curve.append({"step": step, "minutes": stats["seconds"] / 60, **losses, **shares})
         if scored or step % max(1, every // 10) == 0:
-            shares = [f"{key} {100 * curve[-1][key]:.1f} %" for key in ("exact", "valid") if curve]
-            rm.show_progress(step, steps, stats, " ".join(shares))
+            last = curve[-1:]
+            text = "".join(f"exact {p['exact']:.1%} valid {p['valid']:.1%}" for p in last)
+            rm.show_progress(step, steps, stats, text)
     if not main:
         return {}
 
@@ -453,8 +441,8 @@ def train_variant(
         "seed": seed,
         "steps": steps,
         "minutes": curve[-1]["minutes"],
-        "gamma": options["gamma"],
-        "rotate": options["rotate"],
+        "gamma": gamma,
+        "rotate": rotate,
         "settings": asked,
         "training": TRAINING,
         "compiled": settings.compile,
@@ -475,8 +463,10 @@ def train_variant(
 def train_table(
     runs: list[tuple[str, int]], settings: Settings, out: Path, device: torch.device
 ) -> dict:
-    """Trains what is not done of the runs, (variant, seed) each; prints their table, and of
-    several the paired tests of the first against the others."""
+    """Trains what is not done of the runs, (variant, seed) each, and prints their table.
+
+    Of several also the paired tests of the first one; of a single one its pictures.
+    """
     table = {}
     for variant, seed in runs:
         record = train_variant(variant, settings, out, device, seed)
@@ -488,126 +478,114 @@ def train_table(
         return {}
     print_table(table)
     result = {"table": table, "paper": PAPER}
-    if len(runs) > 1:
-        ours = f"ours, full, seed {runs[0][1]}"
-        right = {label: score["right"] for label, score in table.items()}
-        others = [label for label in table if label != ours]
-        tests = {label: paired_test(right[ours], right[label]) for label in others}
-        result["ours_against"] = tests
-        print(f"\nexact of '{ours}' on the same boards, against")
-        for label, test in tests.items():
-            low, high = test["ci95"]
-            points = f"{test['difference']:+8.1%} ({low:+.1%} to {high:+.1%})"
-            print(f"{label:48}{points}, p = {test['p']:.2g}")
-        rm.write_json(out / "table.json", result)
+
+    if len(runs) == 1:
+        draw_lines(out / f"{variant}_curve.png", record["curve"], "minutes", "minutes of training")
+        if variant not in MAKE_RULE:
+            model, _ = rm.load_checkpoint(out / f"{variant}_seed{seed}.pt", "sudoku", device)
+            board = corrupt(random_boards(1, TEST_SEED), 20, 20, TEST_SEED)[0]
+            how = {"max_turns": settings.max_turns, "gif": out / f"{variant}_revision.gif"}
+            show_revision(model, record["gamma"], record["rotate"], board, **how)
+        rm.write_json(out / f"{variant}_table.json", result)
         return result
-    draw_lines(out / f"{variant}_curve.png", record["curve"], "minutes", "minutes of training")
-    if variant not in MAKE_RULE:
-        model, _ = rm.load_checkpoint(out / f"{variant}_seed{seed}.pt", "sudoku", device)
-        board = corrupt(random_boards(1, TEST_SEED), 20, 20, TEST_SEED)[0]
-        how = {"max_turns": settings.max_turns, "gif": out / f"{variant}_revision.gif"}
-        show_revision(model, record["gamma"], record["rotate"], board, **how)
-    rm.write_json(out / f"{variant}_table.json", result)
+    ours = f"ours, {runs[0][0]}, seed {runs[0][1]}"
+    right = {label: score["right"] for label, score in table.items()}
+    tests = {label: paired_test(right[ours], right[label]) for label in table if label != ours}
+    print(f"\nexact of '{ours}' on the same boards, against")
+    for label, test in tests.items():
+        low, high = test["ci95"]
+        print(f"{label:48}{test['difference']:+8.1%} ({low:+.1%} to {high:+.1%}), p = {test['p']:.2g}")
+    result["ours_against"] = tests
+    rm.write_json(out / "table.json", result)
     return result
 
 
 def print_table(rows: dict[str, dict]) -> None:
     """The paper's Sudoku table beside ours: label -> an evaluation."""
-    form = "{:48}{:>7}{:16}{:>7}{:>10}{:>16}{:>7}"
-    print("\n" + form.format("", "exact %", "", "valid %", "replay %", "conflict cells", "turns"))
-    for variant, numbers in PAPER.items():
-        exact, valid, replay, cells = numbers
-        print(form.format(f"paper, {variant}", exact, "", valid, replay, cells, ""))
-    for label, score in rows.items():
-        low, high = score["ci95_exact"]
-        exact, valid, replay = (
-            f"{100 * score[key]:.{digits}f}"
-            for key, digits in (("exact", 1), ("valid", 1), ("replay_mistake", 2))
-        )
-        interval = f" ({100 * low:.1f} to {100 * high:.1f})"
-        cells = f"{score['conflict_cells']:.3f}"
-        turns = f"{score['mean_turns']:.1f}"
-        print(form.format(label, exact, interval, valid, replay, cells, turns))
-    print(f"ours: n = {score['n']} boards, 95 % intervals; the paper's boards are not published")
+    print(f"\n{'':48} exact %{'':16}valid %  replay %  conflict cells  turns")
+    for variant, (exact, valid, replay, cells) in PAPER.items():
+        print(f"paper, {variant:41}{exact:8.1f}{'':16}{valid:7.1f}{replay:10.2f}{cells:16.3f}")
+    for label, row in rows.items():
+        exact, valid, replay = (100 * row[key] for key in ("exact", "valid", "replay_mistake"))
+        low, high = (100 * bound for bound in row["ci95_exact"])
+        interval = f" ({low:.1f} to {high:.1f})"
+        rest = f"{replay:10.2f}{row['conflict_cells']:16.3f}{row['mean_turns']:7.1f}"
+        print(f"{label:48}{exact:8.1f}{interval:16}{valid:7.1f}{rest}")
+    print(f"ours: n = {row['n']} boards, 95 % intervals; the paper's boards are not published")
 
 
 # ------------------------------------------------------------------------------------------------
-# Studies
+# Studies and pictures
 
 
-def study_turns(model, gamma: float, rotate: bool, clean: Tensor, start: Tensor) -> list[dict]:
+def run_studies(
+    which: str, trained: tuple, clean: Tensor, start: Tensor, max_turns: int, out: Path
+) -> dict:
+    """Of STUDIES one or all, each a JSON and a figure in out.  trained: model, gamma, rotate."""
+    studies = {}
+    for name in STUDIES if which == "all" else [which]:
+        path = out / f"sudoku_{name}.png"
+        study = STUDIES[name](trained, clean, start, max_turns, path)
+        studies[name] = {**study, "provenance": rm.provenance()}
+        rm.write_json(path.with_suffix(".json"), studies[name])
+    return studies
+
+
+def study_turns(trained: tuple, clean: Tensor, start: Tensor, _: int, path: Path) -> dict:
     """Accuracy against the number of turns, beyond the 6 of the training trajectories."""
     turns = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
-    return [{"turns": t, **evaluate(model, gamma, rotate, clean, start, t)} for t in turns]
+    rows = [{"turns": t, **evaluate(*trained, clean, start, t)} for t in turns]
+    draw_lines(path, rows, "turns", "turns at most")
+    return {"rows": rows}
 
 
-def study_severity(model, gamma: float, rotate: bool, clean: Tensor, max_turns: int) -> list[dict]:
-    """Accuracy against the number of wrong cells; training revises 4 to 20, rarely up to 60."""
+def study_severity(trained: tuple, clean: Tensor, _: Tensor, max_turns: int, path: Path) -> dict:
+    """Accuracy against the number of wrong cells, on a fourth of the boards; training revises 4
+    to 20 wrong cells, rarely up to 60."""
+    clean = clean[: max(1, len(clean) // 4)]
     rows = []
-    for count in (1, *range(2, 41, 2)):
-        start = corrupt(clean, count, count, TEST_SEED + count)
-        score = evaluate(model, gamma, rotate, clean, start, max_turns)
-        rows.append({"wrong_cells": count, **score})
-    return rows
+    for cells in (1, *range(2, 41, 2)):
+        start = corrupt(clean, cells, cells, TEST_SEED + cells)
+        rows.append({"wrong_cells": cells, **evaluate(*trained, clean, start, max_turns)})
+    draw_lines(path, rows, "wrong_cells", "wrong cells")
+    return {"rows": rows}
 
 
-def visible_decisions(
-    model, gamma: float, rotate: bool, clean: Tensor, start: Tensor, max_turns: int = 32
-) -> Tensor:
-    """What Eq. 1 sees at all visible cells in all turns: p(x), p(M), x is right, turn; [M, 4]."""
-    device = model.embedding.device
-    seen = []
-    for rows in torch.arange(len(clean)).split(500):
-        history = HistoryReference(model.embedding.detach(), gamma, rotate)
-        tokens = start[rows].to(device)
-        truth = clean[rows].to(device)
-        for turn in range(1, max_turns + 1):  # revise, but with the truth at hand
-            with torch.no_grad():
-                logits = model(history.push(tokens))
-            p = logits.softmax(-1)
-            own = p.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-            right = (tokens == truth).float()
-            facts = torch.stack([own, p[..., MASK], right, torch.full_like(own, turn)], -1)
-            seen.append(facts[tokens != MASK].cpu())
-            following = rm.decide(logits, tokens, MASK)
-            going = (following != tokens).any(-1)
-            history.keep(going)
-            tokens = following[going]
-            truth = truth[going]
-            if not len(tokens):
-                break
-    return torch.cat(seen)
-
-
-def study_calibration(decisions: Tensor) -> dict:
-    """What p(x) means and how well it re-masks; decisions: of visible_decisions.
+def study_calibration(
+    trained: tuple, clean: Tensor, start: Tensor, max_turns: int, path: Path
+) -> dict:
+    """What p(x) means at visible cells, in all turns, and how well it re-masks.
 
     p(x) should be the probability that x is right, and p(x) + p(M) be 1.  Precision: the share of
     re-masked cells that were wrong.  Recall: of the wrong visible cells, those re-masked that turn.
     """
-    own, other, right, turn = decisions.T
+    own, other, right, turn = visible_decisions(*trained, clean, start, max_turns).T
+    bins = (own * 20).long().clamp(max=19)
     rows = []
     for low in range(20):
-        inside = (own * 20).long().clamp(max=19) == low
-        n = int(inside.sum())
-        hits = int(right[inside].sum())
-        mean_p = own[inside].mean().item() if n else None
-        share = hits / n if n else None
-        interval = rm.wilson_interval(hits, n)
-        rows.append({"low": low / 20, "n": n, "mean_p": mean_p, "right": share, "ci95": interval})
+        hits = right[bins == low]
+        n = len(hits)
+        rows.append({
+            "low": low / 20,
+            "n": n,
+            "mean_p": own[bins == low].mean().item() if n else None,
+            "right": hits.sum().item() / n if n else None,
+            "ci95": rm.wilson_interval(int(hits.sum()), n),
+        })  # fmt: skip
+    draw_calibration(path, rows, own + other)
 
-    def remasking_of(chosen: Tensor) -> dict:
-        remasked = int((chosen & (other > own)).sum())
-        wrong = int((chosen & (right == 0)).sum())
-        hits = int((chosen & (other > own) & (right == 0)).sum())
-        return {
-            "precision": hits / max(remasked, 1),
-            "ci95_precision": rm.wilson_interval(hits, remasked),
-            "remasked": remasked,
-            "recall": hits / max(wrong, 1),
-            "ci95_recall": rm.wilson_interval(hits, wrong),
-            "wrong": wrong,
-        }
+    def remasking_in(chosen: Tensor) -> dict:
+        remasked = chosen & (other > own)
+        wrong = chosen & (right == 0)
+        hits = int((remasked & wrong).sum())
+        record = {}
+        for name, of, count in (
+            ("precision", "remasked", int(remasked.sum())),
+            ("recall", "wrong", int(wrong.sum())),
+        ):
+            interval = rm.wilson_interval(hits, count)
+            record |= {name: hits / max(count, 1), f"ci95_{name}": interval, of: count}
+        return record
 
     gaps = sum(row["n"] * abs(row["mean_p"] - row["right"]) for row in rows if row["n"])
     return {
@@ -616,13 +594,38 @@ def study_calibration(decisions: Tensor) -> dict:
         "visible_positions": len(own),
         "mean_p_own_plus_mask": (own + other).mean().item(),
         "share_of_sums_below_0.99": (own + other < 0.99).float().mean().item(),
-        "remask_all_turns": remasking_of(turn > 0),
-        "remask_first_turn": remasking_of(turn == 1),
+        "remask_all_turns": remasking_in(turn > 0),
+        "remask_first_turn": remasking_in(turn == 1),
     }
 
 
-# ------------------------------------------------------------------------------------------------
-# Pictures
+def visible_decisions(
+    model: rm.MaskDiffusionTransformer, gamma: float, rotate: bool, clean: Tensor, start: Tensor,
+    max_turns: int,
+) -> Tensor:  # fmt: skip
+    """What Eq. 1 sees at all visible cells in all turns: p(x), p(M), x is right, turn; [M, 4]."""
+    device = model.embedding.device
+    seen = []
+    for rows in torch.arange(len(clean)).split(500):
+        history = HistoryReference(model.embedding.detach(), gamma, rotate)
+        tokens, truth = start[rows].to(device), clean[rows].to(device)
+        for turn in range(1, max_turns + 1):  # revise, but with the truth at hand
+            with torch.no_grad():
+                logits = model(history.push(tokens))
+            p = logits.softmax(-1)
+            own = p.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+            facts = [own, p[..., MASK], (tokens == truth).float(), torch.full_like(own, turn)]
+            seen.append(torch.stack(facts, -1)[tokens != MASK].cpu())
+            following = rm.decide(logits, tokens, MASK)
+            going = (following != tokens).any(-1)
+            if not going.any():
+                break
+            history.keep(going)
+            tokens, truth = following[going], truth[going]
+    return torch.cat(seen)
+
+
+STUDIES = {"turns": study_turns, "severity": study_severity, "calibration": study_calibration}
 
 
 def draw_lines(path: Path, rows: list[dict], key: str, label: str) -> None:
@@ -670,22 +673,18 @@ def animate(path: Path, trace: Tensor, clues: Tensor) -> None:
 
     def frame(index: int) -> None:
         turn = min(index, len(trace) - 1)  # the last state stays a while
-        now = trace[turn]
-        changed = (now != trace[max(turn - 1, 0)]).unsqueeze(-1)
-        color = torch.where(changed, green, white)
-        color = torch.where((now == MASK).unsqueeze(-1), amber, color)
+        now, before = trace[turn].unsqueeze(-1), trace[max(turn - 1, 0)].unsqueeze(-1)
+        color = torch.where(now == MASK, amber, torch.where(now == before, white, green))
         axis.clear()
         axis.imshow(color.view(9, 9, 3))
         axis.set(title=f"turn {turn}", xticks=[], yticks=[])
-        for cell, broken in enumerate(conflicts(now).tolist()):
-            axis.text(
-                cell % 9, cell // 9, str(int(now[cell]) or ""), ha="center", va="center",
-                color="#c62828" if broken else "black", weight="bold" if clues[cell] else "normal",
-            )  # fmt: skip
+        for cell, broken in enumerate(conflicts(trace[turn]).tolist()):
+            ink = "#c62828" if broken else "black"
+            style = {"ha": "center", "va": "center", "weight": "bold" if clues[cell] else "normal"}
+            axis.text(cell % 9, cell // 9, str(int(now[cell]) or ""), color=ink, **style)
         for line in range(1, 9):
-            width = 0.5 if line % 3 else 1.8
-            axis.axhline(line - 0.5, color="black", linewidth=width)
-            axis.axvline(line - 0.5, color="black", linewidth=width)
+            for draw in (axis.axhline, axis.axvline):
+                draw(line - 0.5, color="black", linewidth=0.5 if line % 3 else 1.8)
 
     path.parent.mkdir(parents=True, exist_ok=True)
     FuncAnimation(figure, frame, frames=len(trace) + 3).save(path, PillowWriter(fps=1), dpi=100)
@@ -700,12 +699,9 @@ def show_turn(now: Tensor, before: Tensor) -> str:
         change = "+" if digit else "-"
         text += change if now[cell] != before[cell] else " "
         text += f"{digit or '_'}{'!' if broken else ' '}"
-        if cell % 9 in (2, 5):
-            text += "| "
-        if cell % 9 == 8:
-            text += "\n"
-        if cell in (26, 53):
-            text += "---------+----------+---------\n"
+        text += "| " if cell % 9 in (2, 5) else ""
+        text += "\n" if cell % 9 == 8 else ""
+        text += "---------+----------+---------\n" if cell in (26, 53) else ""
     return text
 
 
@@ -714,60 +710,48 @@ def show_revision(
     solve: bool = False, max_turns: int = 32, reveal: int | None = None, gif: Path | None = None,
 ) -> dict:  # fmt: skip
     """Revises one board, int64 [81], and prints every turn; solve locks its clues."""
-    result = revise_boards(
-        model, gamma, rotate, board.unsqueeze(0), max_turns, reveal, solve
-    )
+    start = board.unsqueeze(0)
+    result = revise_boards(model, gamma, rotate, start, max_turns, reveal, solve)
     trace = result.trace[:, 0].cpu()
     print("_ masked   -_ re-masked in this turn   +5 revealed in this turn   5! breaks a rule\n")
-    print(f"the board\n{show_turn(trace[0], trace[0])}")
+    print(f"the board\n{show_turn(board, board)}")
     for turn, (before, now) in enumerate(zip(trace[:-1], trace[1:]), 1):
         print(f"turn {turn}: {int((before != now).sum())} cells changed\n{show_turn(now, before)}")
-    record = {
-        "board": "".join(map(str, trace[-1].tolist())),
-        "turns": result.turns[0],
-        "status": result.status[0],
-        "valid": bool(is_valid(trace[-1])),
-    }
-    valid = "valid" if record["valid"] else "not valid"
-    print(f"{record['status']} after {record['turns']} turns; {valid}")
     if gif:
         animate(gif, trace, (board != MASK) & solve)
-    return record
+    valid = bool(is_valid(now))
+    text = "".join(map(str, now.tolist()))
+    turns, status = result.turns[0], result.status[0]
+    print(f"{status} after {turns} turns; {'valid' if valid else 'not valid'}")
+    return {"board": text, "turns": turns, "status": status, "valid": valid}
 
 
 # ------------------------------------------------------------------------------------------------
-# Files of boards
+# Files of boards, and the command line
 
 BLANKS = ".0*_Xx?"  # an empty cell, as files write it
 
 
-def parse_board(text: str, where: str = "the board") -> Tensor:
-    """int64 [81] of 81 digits and BLANKS.  InputError says where and what is wrong."""
+def parse_board(text: str, where: str = "the board", puzzle: bool = False) -> Tensor:
+    """int64 [81] of 81 digits and BLANKS; puzzle: no rule may be broken.  InputError says where."""
     cells = "".join(text.split())
     for place, cell in enumerate(cells, 1):
         if cell not in "123456789" + BLANKS:
-            raise InputError(f"{where}: character {place}, {cell!r}, is no digit and no blank ({BLANKS})")
+            raise InputError(f"{where}: {cell!r}, character {place}, is no digit or blank ({BLANKS})")
     if len(cells) != 81:
         raise InputError(f"{where} must be 81 digits, got {len(cells)}")
-    return torch.tensor([MASK if cell in BLANKS else int(cell) for cell in cells])
-
-
-def parse_puzzle(text: str, where: str = "the puzzle") -> Tensor:
-    """parse_board of a puzzle, whose clues must not break a rule."""
-    puzzle = parse_board(text, where)
-    clashing = conflicts(puzzle)
-    if clashing.any():
-        cell = int(clashing.nonzero()[0])
+    board = torch.tensor([MASK if cell in BLANKS else int(cell) for cell in cells])
+    for cell in conflicts(board).nonzero().flatten().tolist() if puzzle else ():
         raise InputError(f"{where}: clues clash at row {cell // 9 + 1}, column {cell % 9 + 1}")
-    return puzzle
+    return board
 
 
 def read_grids(path: Path) -> Iterator[tuple[str, list[str]]]:
     """(where, [a board, or a puzzle and its solution]) of files as people have them.
 
-    81 characters a line or two such, with blanks or commas between (what is shorter beside them,
-    an id or a rating, is passed over), or nine lines of nine.  # starts a comment; rulers and
-    titles (quizzes,solutions; Grid 01) are passed over.
+    A line of 81 characters or of two such, with spaces or commas between (an id or a rating beside
+    them is passed over), or nine lines of nine.  # starts a comment; rulers and titles
+    (quizzes,solutions; Grid 01) are passed over.
     """
     rows = []  # of a board in nine lines
     for number, line in rm.read_lines(path):
@@ -776,17 +760,15 @@ def read_grids(path: Path) -> Iterator[tuple[str, list[str]]]:
         title = cells and words[0].isalpha() and len(words[0]) < 9 and set(words[0]) - set("Xx")
         if title or set(cells) <= set("-+="):
             continue
-        where = f"{path} line {number}"
+        boards = [cells] if len(cells) == 81 else [word for word in words if len(word) > 9]
         if len(cells) == 9:
             rows.append(cells)
-            if len(rows) == 9:
-                yield f"{where} and the eight before", ["".join(rows)]
-                rows = []
-            continue
-        boards = [cells] if len(cells) == 81 else [word for word in words if len(word) > 9]
-        if rows or len(boards) not in (1, 2):
-            raise InputError(f"{where} must be 81 digits, twice 81, or one of nine lines of nine")
-        yield where, boards
+            boards = ["".join(rows)]
+        elif rows or len(boards) not in (1, 2):
+            raise InputError(f"{path} line {number} must be 81 digits, or one of nine lines of nine")
+        if len(rows) in (0, 9):
+            yield f"{path} line {number}", boards
+            rows = []
     if rows:
         raise InputError(f"{path} ends after {len(rows)} of nine lines of nine")
 
@@ -798,60 +780,61 @@ def read_boards(path: Path, n: int, solved: bool) -> tuple[Tensor, Tensor]:
     """
     pairs = []
     for where, texts in islice(read_grids(path), n):
-        puzzle = parse_puzzle(texts[0], where)
+        puzzle = parse_board(texts[0], where, puzzle=True)
         solution = torch.zeros_like(puzzle)
         if solved or len(texts) == 2:
             solution = parse_board(texts[-1], where)
-            if not is_valid(solution) or ((puzzle != MASK) & (puzzle != solution)).any():
-                raise InputError(f"{where}: no valid solved board, or of another puzzle")
-        pairs.append((puzzle, solution))
+            if not is_valid(solution):
+                raise InputError(f"{where} has no valid solved board")
+            if ((puzzle != MASK) & (puzzle != solution)).any():
+                raise InputError(f"{where}: the solution does not solve the puzzle")
+        pairs.append(torch.stack([puzzle, solution]))
     if not pairs:
         raise InputError(f"{path} has no board")
-    puzzles, solutions = zip(*pairs)
-    return torch.stack(puzzles), torch.stack(solutions)
-
-
-# ------------------------------------------------------------------------------------------------
-# The command line
+    puzzles, solutions = torch.stack(pairs, dim=1)
+    return puzzles, solutions
 
 
 def parse_options():
     """The command line, with what depends on the mode filled in."""
-    options = rm.Options(description="Reflective Masking on Sudoku.  Without arguments: train the "
-                         "full variant for 15 minutes, evaluate it, draw its figures.")  # fmt: skip
+    about = "Reflective Masking on Sudoku.  Alone: train the full variant, evaluate it, draw."
+    options = rm.Options(description=about)
     count = rm.number(int, 1)
     share = rm.number(float, 0, 1)
+    trained = ("evaluate", "revise", "solve", "puzzles", "study")
+
     add = options.add_argument_group("what to do (default: train)")
     add = add.add_mutually_exclusive_group().add_argument
     add("--evaluate", action="store_true", help="score --checkpoint on the test boards or --boards")
     add("--revise", metavar="BOARD", help=f"repair 81 digits, blank {BLANKS}, and show every turn")
     add("--solve", metavar="PUZZLE", help="the same with the clues locked")
     add("--puzzles", type=Path, metavar="FILE", help="score solving; solutions need not be given")
-    add("--study", choices=["turns", "severity", "calibration", "all"], help="a JSON and a figure")
+    add("--study", choices=[*STUDIES, "all"], help="a JSON and a figure")
+
     add = options.group("training", "train")
     add("--variant", choices=[*VARIANTS, "all"], default="full", help="all: those of the tables")
     add("--minutes", type=rm.number(float, 0.01), default=15, help="made into steps (default 15)")
     add("--steps", type=count, help="exactly so many instead, for equal training")
     add("--gamma", type=share, help="decay of history (default: the variant's)")
-    add("--no-rotate", dest="rotate", action="store_const", const=False, help="history without HER")
-    add("--own-states", type=share, default=0.5,
-        help="of a batch, goes on from own decisions (default 0.5; 0 is better for rm and direct)")
+    add("--no-rotate", dest="rotate", action="store_false", default=None, help="no HER")
+    add("--own-states", type=share, default=0.5, help="share of the batch that goes on from own "
+        "decisions (default 0.5; 0 is better for rm and direct)")  # fmt: skip
     add("--second-guess", type=share, default=0.3, help="of the trajectories (default 0.3)")
     add("--compile", action="store_true", help="torch.compile (on a CPU it needs a C++ compiler)")
-    trained = ("evaluate", "revise", "solve", "puzzles", "study")
-    add = options.group("evaluation")
-    add("--checkpoint", type=Path, modes=trained, default=Path(__file__).parent / "checkpoints/sudoku_full.pt",
-        help="default: the shipped one")
-    add("--boards", type=Path, metavar="FILE", modes=trained[:1], help="solved ones, to corrupt")
+
+    add = options.group("evaluation", *trained)
+    shipped = Path(__file__).parent / "checkpoints/sudoku_full.pt"
+    add("--checkpoint", type=Path, default=shipped, help="default: the shipped one")
+    add("--boards", type=Path, metavar="FILE", modes=("evaluate",), help="solved, to be corrupted")
     add("--n", type=count, default=2000, modes=("train", "evaluate", "puzzles", "study"),
-        help="boards at most (default 2000)")
+        help="boards at most (default 2000)")  # fmt: skip
     add("--corrupt", type=rm.number(int, 0, 81), nargs=2, default=TASK, metavar=("LOW", "HIGH"),
-        modes=("train", "evaluate", "study"), help="wrong cells (default 4 20)")
-    add("--max-turns", type=count, help="forward passes at most (default 32; solving 100)")
+        modes=("train", "evaluate", "study"), help="wrong cells (default 4 20)")  # fmt: skip
+    add("--max-turns", type=count, modes=(), help="forward passes (default 32; solving 100)")
     add("--reveal", type=rm.number(int, 0, 81), modes=trained[:4],
-        help="cells revealed a turn at most, the surest first; 0: all (default 0; solving 1)")
-    add("--gif", type=Path, metavar="FILE", modes=("revise", "solve"), help="animate the turns")
-    options.general("runs/sudoku", "of training or, with --evaluate, of the test boards",
+        help="most cells revealed a turn, surest first; 0: all (default 0; solving 1)")  # fmt: skip
+    add("--gif", type=Path, metavar="FILE.gif", modes=("revise", "solve"), help="the turns, moving")
+    options.general("runs/sudoku", "of training; with --evaluate of the test boards",
                     ("train", "study"), ("train", "evaluate"))  # fmt: skip
     args = options.parse(lambda args: next((m for m in trained if m in args.given), "train"))
 
@@ -862,44 +845,44 @@ def parse_options():
         "corrupt": args.study == "severity",
         "max_turns": args.study == "turns",
     }
-    for name in args.given:
-        if ignored.get(name):
-            options.error(f"--{name.replace('_', '-')} has no effect there")
+    for name in args.given & {name for name, true in ignored.items() if true}:
+        options.error(f"--{name.replace('_', '-')} has no effect there")
     if args.corrupt[0] > args.corrupt[1]:
         options.error(f"--corrupt: {args.corrupt[0]} is more than {args.corrupt[1]}")
-    for path in {args.gif} - {None}:
-        rm.check_writable(path)
-        if path.suffix != ".gif":
-            options.error("--gif must end in .gif")
+    if args.gif and args.gif.suffix != ".gif":
+        options.error("--gif must end in .gif")
+    args.out = args.out or Path("runs", "smoke" if args.smoke else "sudoku")
+    for path in (args.gif, args.out / "file" if args.mode in ("train", "study") else None):
+        if path:
+            rm.check_writable(path)
     tiny = {"steps": 4, "n": 8, "max_turns": 4} if args.smoke else {}
     for name in tiny.keys() - args.given:
         setattr(args, name, tiny[name])
     solving = args.mode in ("solve", "puzzles")
     args.max_turns = args.max_turns or (100 if solving else 32)
     args.reveal = int(solving) if args.reveal is None else args.reveal
-    args.out = args.out or Path(__file__).parent / "runs" / ("smoke" if args.smoke else "sudoku")
     return args
 
 
 def main() -> None:
     args = parse_options()
     device = rm.start_device(args.device)
-    if args.mode == "train":
-        result = run_training(args, device)
-    elif rm.dist.is_initialized():
+    if rm.dist.is_initialized() and args.mode != "train":
         raise InputError("torchrun is for training; run this with one process")
-    else:
-        result = use_checkpoint(args, device)
+    result = run_training(args, device) if args.mode == "train" else use_checkpoint(args, device)
     if args.json and rm.is_main_process():
         rm.write_json(args.json, result)
 
 
 def run_training(args, device: torch.device) -> dict:
-    sizes = {"pool": 20, "validation": 8} if args.smoke else {}
     names = {field.name for field in fields(Settings)} & vars(args).keys()
-    settings = Settings(**{name: getattr(args, name) for name in names}, **sizes)
+    settings = Settings(**{name: getattr(args, name) for name in names})
+    if args.steps:
+        settings.minutes = None
+    if args.smoke:
+        settings.pool, settings.validation = 20, 8
     runs = [(args.variant, args.seed)]
-    if args.variant == "all":  # the full variant and plain RM with two seeds more
+    if args.variant == "all":  # the full variant, first, and plain RM with two seeds more
         runs = [(variant, args.seed) for variant in VARIANTS]
         runs += [(variant, args.seed + i) for i in (1, 2) for variant in ("full", "rm")]
     return train_table(runs, settings, args.out, device)
@@ -910,63 +893,39 @@ def use_checkpoint(args, device: torch.device) -> dict:
     model, info = rm.load_checkpoint(args.checkpoint, "sudoku", device, needs)
     make_rule = MAKE_RULE.get(info["variant"])
     if make_rule and (args.mode != "evaluate" or args.reveal):
-        raise InputError(f"{args.checkpoint} does not follow Eq. 1: --evaluate it without --reveal")
+        raise InputError(f"{args.checkpoint} has no Eq. 1: --evaluate it, without --reveal")
     trained = (model, info["gamma"], info["rotate"])
     how = {"max_turns": args.max_turns, "reveal": args.reveal or None}
     if args.mode == "revise":
         return show_revision(*trained, parse_board(args.revise), gif=args.gif, **how)
     if args.mode == "solve":
-        puzzle = parse_puzzle(args.solve)
+        puzzle = parse_board(args.solve, "the puzzle", puzzle=True)
         return show_revision(*trained, puzzle, solve=True, gif=args.gif, **how)
     if args.mode == "puzzles":
-        puzzles, solutions = read_boards(args.puzzles, args.n, solved=False)
-        score = evaluate(*trained, solutions, puzzles, solve=True, **how)
-        if (solutions == MASK).any():
-            compared = "exact ci95_exact replay_mistake remasked_wrong_cells replayed_cells right"
-            score |= dict.fromkeys(compared.split())
-        score = {"solved": score["valid"], "ci95_solved": score["ci95_valid"], **score}
-        boards = rm.fingerprint(puzzles, solutions)
-        print(f"solved {score['solved']:.1%} of {score['n']} puzzles, {score['mean_turns']:.1f} turns")
+        start, clean = read_boards(args.puzzles, args.n, solved=False)
+        score = evaluate(*trained, clean, start, solve=True, **how)
+        if (clean == MASK).any():  # what compares with the truth is not known
+            truth = "exact ci95_exact replay_mistake remasked_wrong_cells replayed_cells right"
+            score |= dict.fromkeys(truth.split())
+        score |= {"solved": score["valid"], "ci95_solved": score["ci95_valid"]}
+        turns = f"{score['mean_turns']:.1f} turns"
+        print(f"solved {score['solved']:.1%} of {score['n']} puzzles in {turns}")
     else:
         clean = random_boards(args.n, TEST_SEED + args.seed)
         if args.boards:
             _, clean = read_boards(args.boards, args.n, solved=True)
         start = corrupt(clean, *args.corrupt, TEST_SEED + args.seed)
-        if args.mode == "study":
-            return run_studies(args, trained, clean, start)
+        if args.study:
+            return run_studies(args.study, trained, clean, start, args.max_turns, args.out)
         score = evaluate(*trained, clean, start, make_rule=make_rule, **how)
-        boards = rm.fingerprint(clean, start)
-        kind = "baseline" if make_rule else "ours"
-        print_table({f"{kind}, {info['variant']}": score})
+        print_table({f"{'baseline' if make_rule else 'ours'}, {info['variant']}": score})
     return {
         **score,
         "seed": args.seed,
         "checkpoint": args.checkpoint.name,
-        "boards": boards,
+        "boards": rm.fingerprint(start, clean),
         "provenance": rm.provenance(),
     }
-
-
-def run_studies(args, trained: tuple, clean: Tensor, start: Tensor) -> dict:
-    result = {}
-    for name in ("turns", "severity", "calibration"):
-        if args.study not in (name, "all"):
-            continue
-        path = args.out / f"sudoku_{name}.png"
-        if name == "turns":
-            study = {"rows": study_turns(*trained, clean, start)}
-            draw_lines(path, study["rows"], "turns", "turns at most")
-        elif name == "severity":
-            some = clean[: max(1, args.n // 4)]
-            study = {"rows": study_severity(*trained, some, args.max_turns)}
-            draw_lines(path, study["rows"], "wrong_cells", "wrong cells")
-        else:
-            decisions = visible_decisions(*trained, clean, start, args.max_turns)
-            study = study_calibration(decisions)
-            draw_calibration(path, study["rows"], decisions[:, :2].sum(-1))
-        result[name] = {**study, "provenance": rm.provenance()}
-        rm.write_json(path.with_suffix(".json"), result[name])
-    return result
 
 
 if __name__ == "__main__":
