@@ -8,12 +8,10 @@ The model re-masks the pixels that the instruction changes, reveals new ones, le
     python edit_image.py --image IN.png --instruction "make the house red" --out OUT.png
 
 Reading order: scenes, pairs, network, training states, decoding, metrics, evaluation, training,
-figures, command line.
-
-A pixel is a token and so is a word.  One sequence is [instruction | source | target], and only
-the target is editable; the network adds the source's embedding to the target's at the same pixel,
-so that it sees words + pixels positions.  Ids: MASK 0, colour c of C is 1 + c, the same colour in
-the source 1 + C + c, then "no image", "no word" and the words.
+figures, command line.  A pixel is a token and so is a word.  One sequence is [instruction | source
+| target], and only the target is editable; the network adds the source's embedding to the target's
+at the same pixel.  Ids: MASK 0, colour c of C is 1 + c, the same colour in the source 1 + C + c,
+then "no image", "no word" and the words.
 
 What differs from the paper: pixels of a palette in place of a VQ codebook; most of RM's
 trajectories re-mask the whole edit at once (revision_states); instruction and source, which never
@@ -25,7 +23,7 @@ import json
 import math
 import random
 import time
-from collections import Counter
+from collections import namedtuple
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from itertools import product
@@ -35,6 +33,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 import reflective_masking as rm
@@ -142,43 +141,16 @@ def phrasings(patterns: str) -> list[str]:
     return [" ".join(words) for pattern in slots for words in product(*pattern)]
 
 
-class Thing(NamedTuple):
-    kind: str
-    size: str  # "big" or "small"
-    colour: str
-    depth: str  # "top", "back" or "front"
-    column: str  # "left", "middle" or "right"
-
-    @property
-    def place(self) -> str:
-        return f"{self.depth} {self.column}"
-
-
-class Scene(NamedTuple):
-    sky: str
-    ground: str
-    things: tuple[Thing, ...]
-
-
-class Edit(NamedTuple):
-    verb: str
-    old: Thing | None  # None: add
-    new: Thing | None  # None: remove
-    instruction: str
-    source: Scene
-    target: Scene
-    unseen_phrase: bool
+Thing = namedtuple("Thing", "kind size colour depth column")  # words, as in the tables above
+Scene = namedtuple("Scene", "sky ground things")
+Edit = namedtuple("Edit", "verb instruction source target unseen_phrase")  # source, target: Scene
 
 
 @lru_cache(None)
 def background(sky: str, ground: str) -> np.ndarray:
     """Palette indices, int16 [256]: each half in two shades, by a rule of row and column alone."""
     y, x = np.mgrid[:SIZE, :SIZE]
-    dots = {
-        "day": (x + 2 * y) % 8 == 0,
-        "dusk": y % 3 == 0,
-        "night": (3 * x + 5 * y) % 11 == 0,
-    }[sky]
+    dots = {"day": (x + 2 * y) % 8, "dusk": y % 3, "night": (3 * x + 5 * y) % 11}[sky] == 0
     grain = {
         "meadow": (x + 2 * y) % 4 == 0,
         "sand": (y % 2 == 0) & ((x + y) % 3 == 0),
@@ -203,15 +175,12 @@ def stamp(thing: Thing) -> tuple[np.ndarray, np.ndarray]:
     return pixels, np.array([key[c] for _, _, c in cells], np.int16)
 
 
-def draw_order(thing: Thing) -> tuple[int, int]:
-    return list(BOTTOM).index(thing.depth), CENTRE[thing.column]
-
-
 def render(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
     """Palette indices, int16 [256], and which thing shows at each pixel, int8 [256] (-1: none)."""
     image = background(scene.sky, scene.ground).copy()
     owner = np.full(SIZE * SIZE, -1, np.int8)
-    for i, thing in sorted(enumerate(scene.things), key=lambda pair: draw_order(pair[1])):
+    nearest = lambda pair: (BOTTOM[pair[1].depth], CENTRE[pair[1].column])
+    for i, thing in sorted(enumerate(scene.things), key=nearest):
         pixels, colours = stamp(thing)
         image[pixels] = colours
         owner[pixels] = i
@@ -241,14 +210,15 @@ def random_thing(rng: random.Random, depth: str, column: str) -> Thing:
 
 def references(thing: Thing, scene: Scene) -> list[str]:
     """The ways to name a thing that fit no other of the scene."""
-    unique = []
-    for way in (("kind",), ("colour", "kind"), ("size", "kind"), ("kind", "place")):
-        fits = [all(getattr(other, a) == getattr(thing, a) for a in way) for other in scene.things]
-        if sum(fits) == 1:
-            words = ["the", *(getattr(thing, a) for a in way if a != "place")]
-            place = [f"at the {thing.place}"] if "place" in way else []
-            unique.append(" ".join(words + place))
-    return unique
+    size, colour, kind, place = thing.size, thing.colour, thing.kind, thing[3:]
+    same_kind = [other for other in scene.things if other.kind == kind]
+    ways = {
+        f"the {kind}": same_kind,
+        f"the {colour} {kind}": [other for other in same_kind if other.colour == colour],
+        f"the {size} {kind}": [other for other in same_kind if other.size == size],
+        f"the {kind} at the {' '.join(place)}": [o for o in same_kind if o[3:] == place],
+    }
+    return [text for text, fits in ways.items() if len(fits) == 1]
 
 
 def random_edit(rng: random.Random, test: bool = False) -> Edit | None:
@@ -292,9 +262,9 @@ def random_edit(rng: random.Random, test: bool = False) -> Edit | None:
         it=rng.choice(references(old, source)) if old else "",
         new=f"a {new.size} {new.colour} {new.kind}" if new else "",
         colour=new.colour if new else "",
-        place=new.place if new else "",
+        place=" ".join(new[3:]) if new else "",
     )
-    return Edit(verb, old, new, text, source, target, unseen)
+    return Edit(verb, text, source, target, unseen)
 
 
 def random_edits(count: int, seed: int, test: bool = False) -> list[Edit]:
@@ -370,7 +340,7 @@ class Codec:
         return [self.word_ids[word] for word in words] + padding
 
     def encode_image(self, image: np.ndarray) -> np.ndarray:
-        """uint8 [H, W, 3] -> int64 [H * W], 1 + the nearest palette entry (squared RGB distance)."""
+        """uint8 [H, W, 3] -> int64 [H * W], 1 + the nearest palette entry (squared distance)."""
         colours, index = np.unique(image.reshape(-1, 3), axis=0, return_inverse=True)
         distance = ((colours[:, None].astype(int) - np.array(self.palette)) ** 2).sum(-1)
         return 1 + distance.argmin(1)[index.ravel()]
@@ -392,9 +362,6 @@ class Pairs(NamedTuple):
     verbs: list[str]
     unseen_phrase: list[bool] | None = None
 
-    def to(self, device: torch.device) -> "Pairs":
-        return self._replace(**{name: getattr(self, name).to(device) for name in self._fields[:4]})
-
 
 def scene_pairs(count: int, seed: int, test: bool = False) -> tuple[Pairs, Codec]:
     """Pairs of our own scenes, and their codec; of training instructions words are left out."""
@@ -406,9 +373,8 @@ def scene_pairs(count: int, seed: int, test: bool = False) -> tuple[Pairs, Codec
     texts = [edit.instruction for edit in edits]
     told = texts if test else [leave_words_out(text, rng) for text in texts]
     captions = [caption(edit.target, rng) for edit in edits]
-    instruction, captions = (
-        torch.tensor([codec.encode_text(text) for text in part]) for part in (told, captions)
-    )
+    instruction = torch.tensor([codec.encode_text(text) for text in told])
+    captions = torch.tensor([codec.encode_text(text) for text in captions])
     verbs = [edit.verb for edit in edits]
     unseen = [edit.unseen_phrase for edit in edits]
     return Pairs(source, target, instruction, captions, texts, verbs, unseen), codec
@@ -416,8 +382,6 @@ def scene_pairs(count: int, seed: int, test: bool = False) -> tuple[Pairs, Codec
 
 def read_picture(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """The picture laid on white, uint8 [H, W, 3], and as it is, uint8 [H, W, 4].  InputError."""
-    from PIL import Image
-
     try:
         image = Image.open(path)
         if image.mode.startswith("I"):  # 16-bit grey, which PIL would cut off at 255
@@ -436,10 +400,9 @@ def parse_pair(line: str, where: str) -> tuple[str, str, list[str]]:
         text = pair["instruction"]
         names = [pair["source"], pair["target"]]
         verb = pair.get("verb") or " ".join(split_words(text)[:1])
-        "".join([text, verb, *names]).encode()  # text, and no half of a surrogate pair
+        "".join([text, verb, *names]).encode()  # all text, and no half of a surrogate pair
     except (ValueError, KeyError, TypeError, AttributeError):
-        wanted = 'JSON with "instruction", "source" and "target"'
-        raise InputError(f"{where} must be {wanted}") from None
+        raise InputError(f'{where} must be JSON with "instruction", "source", "target"') from None
     if not split_words(text):
         raise InputError(f"{where}: the instruction is empty")
     return text, verb, names
@@ -447,8 +410,8 @@ def parse_pair(line: str, where: str) -> tuple[str, str, list[str]]:
 
 def read_pairs(
     folder: Path, codec: Codec | None = None, most: int | None = None, colours: int = 512
-) -> tuple[Pairs, Codec, str]:
-    """The first most pairs of folder/pairs.jsonl, their codec, and a sentence about them.
+) -> tuple[Pairs, Codec]:
+    """The first most pairs of folder/pairs.jsonl, and their codec; prints what they are.
 
     A line: {"instruction": ..., "source": PNG, "target": PNG}, optionally "verb" (else the first
     word); all pictures have one size.  codec: None learns the words and the most frequent colours
@@ -458,51 +421,47 @@ def read_pairs(
     texts, verbs, images = [], [], []
     size = (codec.height, codec.width) if codec else None
     for number, line in rm.read_lines(path)[:most]:
-        text, verb, names = parse_pair(line, f"{path} line {number}")
+        where = f"{path} line {number}"
+        text, verb, names = parse_pair(line, where)
         both = [read_picture(folder / name)[0] for name in names]
         size = size or both[0].shape[:2]
         for image, name in zip(both, names):
-            is_of = f"{path} line {number}: {name} is {image.shape[1]}x{image.shape[0]} pixels"
-            if image.shape[:2] != size:
-                raise InputError(f"{is_of}, expected {size[1]}x{size[0]}")
-            if max(size) > SIDE:
-                raise InputError(f"{is_of}, {SIDE}x{SIDE} at most")
+            height, width = image.shape[:2]
+            if (height, width) != size or max(size) > SIDE:
+                wanted = f"all must be of one size, {SIDE}x{SIDE} at most, here {size[1]}x{size[0]}"
+                raise InputError(f"{where}: {name} is {width}x{height} pixels, {wanted}")
         texts.append(text)
         verbs.append(verb)
         images.append(both)
 
-    codec = codec or learn_codec(np.array(images), texts, colours)
-    tokens = np.array([[codec.encode_image(image) for image in both] for both in images])
-    tokens = torch.from_numpy(tokens)
+    images = np.array(images)  # [n, 2, H, W, 3]
+    if codec is None:
+        palette, count = np.unique(images.reshape(-1, 3), axis=0, return_counts=True)
+        frequent = np.sort(np.argsort(-count, kind="stable")[:colours])
+        words = [split_words(text) for text in texts]
+        length = max(map(len, words)) + 2
+        codec = Codec(palette[frequent].tolist(), sorted(set().union(*words)), length, *size)
+    encoded = [[codec.encode_image(image) for image in both] for both in images]
+    tokens = torch.from_numpy(np.array(encoded))
     instruction = torch.tensor([codec.encode_text(text, f"{path}: {text!r}") for text in texts])
     kept = (tokens[:, 0] != tokens[:, 1]).any(-1).nonzero().flatten().tolist()
     if not kept:
         raise InputError(f"{folder}: no pair of images differs")
-    replaced = (codec.decode_image(tokens).numpy() != np.array(images)).any(-1)
-    about = f"{folder}: {len(kept)} pairs of {size[1]}x{size[0]} pixels"
+
+    about = f"{folder}: {len(kept)} pairs, {len(codec.palette)} colours, {len(codec.words)} words"
     if len(kept) < len(images):
         about += f"; {len(images) - len(kept)} left out, as nothing changes"
+    replaced = (codec.decode_image(tokens).numpy() != images).any(-1)
     if replaced.any():
-        pairs = replaced.any((1, 2, 3)).sum()
-        about += f"; {replaced.sum()} pixels of {pairs} pairs took the nearest colour"
-    return Pairs(
-        tokens[kept, 0],
-        tokens[kept, 1],
-        instruction[kept],
-        torch.full_like(instruction[kept], codec.no_word),
-        [texts[i] for i in kept],
-        [verbs[i] for i in kept],
-    ), codec, f"{about}; {len(codec.palette)} colours, {len(codec.words)} words"  # fmt: skip
-
-
-def learn_codec(images: np.ndarray, texts: list[str], colours: int) -> Codec:
-    """Words and the most frequent colours of texts and of images, uint8 [n, 2, H, W, 3]."""
-    palette, count = np.unique(images.reshape(-1, 3), axis=0, return_counts=True)
-    frequent = np.sort(np.argsort(-count, kind="stable")[:colours])
-    words = [split_words(text) for text in texts]
-    length = max(map(len, words)) + 2
-    known = sorted(set().union(*words))
-    return Codec(palette[frequent].tolist(), known, length, *images.shape[2:4])
+        among = replaced.any((1, 2, 3)).sum()
+        about += f"; {replaced.sum()} pixels of {among} pairs took the nearest colour"
+    if rm.is_main_process():
+        print(about)
+    source, target = tokens[kept].unbind(1)
+    instruction = instruction[kept]
+    nothing = torch.full_like(instruction, codec.no_word)
+    texts, verbs = [texts[i] for i in kept], [verbs[i] for i in kept]
+    return Pairs(source, target, instruction, nothing, texts, verbs), codec
 
 
 # ------------------------------------------------------------------------------------------------
@@ -517,7 +476,7 @@ class Editor(MaskDiffusionTransformer):
     A position's coordinates: row, column, block of 4x4 pixels, and whether it is a word.
     """
 
-    def __init__(self, codec: Codec):
+    def __init__(self, codec: Codec, variant: str):
         words = [[codec.height, codec.width + i, 0, 1] for i in range(codec.length)]
         blocks = -(-codec.width // 4)
         grid = product(range(codec.height), range(codec.width))
@@ -525,6 +484,8 @@ class Editor(MaskDiffusionTransformer):
         size = {"vocabulary": codec.vocabulary, "length": codec.prompt, "heads": 2}
         super().__init__(TransformerConfig(**size, positions="both", coordinates=words + pixels))
         self.codec = codec
+        self.variant = variant
+        self.gamma, self.rotate = VARIANTS[variant]
 
     def forward(self, x: Tensor) -> Tensor:
         words, pixels = self.codec.length, self.codec.pixels
@@ -535,15 +496,15 @@ class Editor(MaskDiffusionTransformer):
         return F.pad(logits, (0, rest, words + pixels, 0), value=-1e4)
 
 
-def load_editor(path: Path, device: torch.device | str = "cpu") -> tuple[Editor, dict]:
-    """The model of a checkpoint and what it says of itself.  Raises InputError."""
-    network, info = rm.load_checkpoint(path, "image", device, ("codec", "variant", "gamma", "rotate"))
+def load_editor(path: Path, device: torch.device, variant: str | None = None) -> Editor:
+    """The model of a checkpoint; variant: to train as another one from here.  InputError."""
+    network, info = rm.load_checkpoint(path, "image", device, ("codec", "variant"))
     try:
-        editor = Editor(Codec(**info["codec"])).to(device)
+        editor = Editor(Codec(**info["codec"]), variant or info["variant"]).to(device)
         editor.load_state_dict(network.state_dict())
-    except (TypeError, RuntimeError) as error:
-        raise InputError(f"{path} does not fit its codec: {rm.first_line(error)}") from None
-    return editor.eval(), info
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise InputError(f"{path} does not fit this script: {rm.first_line(error)}") from None
+    return editor.eval()
 
 
 class PromptHistory(HistoryReference):
@@ -579,9 +540,7 @@ def revision_states(
     outside = rand(batch, 1).clamp(min=0.6).sub(0.6).mul(0.4)  # 0, or a share ~ U(0, 0.16)
     changed = edit | (rand(source.shape) < outside)
     p_wrong = torch.where(rand(batch, 1) < 0.5, 1.0, rand(batch, 1)) * edit  # 1, or ~ U(0, 1)
-    lawful_states = rm.sample_trajectory(
-        target, changed, source, MASK, T, p_wrong, generator=generator
-    )
+    law = rm.sample_trajectory(target, changed, source, MASK, T, p_wrong, generator=generator)
 
     step = torch.arange(T + 1, device=source.device).view(-1, 1, 1)
     masked = torch.where(rand(source.shape) < 0.1, 2, 1)
@@ -593,8 +552,7 @@ def revision_states(
     turn = (rand(batch) * T).long()  # ~ U{0..T-1}
     choice = rand(batch)
     usual = torch.where(choice < 0.5, 0, torch.where(choice < 0.83, 1, turn))
-    states = torch.where(lawful, lawful_states, states)
-    return states, torch.where(lawful[:, 0], turn, usual)
+    return torch.where(lawful, law, states), torch.where(lawful[:, 0], turn, usual)
 
 
 def sample_batch(
@@ -605,36 +563,32 @@ def sample_batch(
     rand = partial(torch.rand, generator=generator, device=device)
     rows = torch.randint(len(pool.source), (batch,), generator=generator, device=device)
     source, target, words = pool.source[rows], pool.target[rows], pool.instruction[rows]
-    is_base = variant == "base"
-    hidden = BASE_HIDDEN if is_base else 0.0
-    is_edit = rand(batch, 1) < (BASE_EDITS if is_base else 1.0)
+    edits, hidden = (BASE_EDITS, BASE_HIDDEN) if variant == "base" else (1.0, 0.0)
+    is_edit = rand(batch, 1) < edits
     words = torch.where(is_edit & (rand(batch, 1) >= hidden), words, codec.no_word)
-    read = source + len(codec.palette)
-    read = torch.where(is_edit & (rand(batch, 1) >= hidden), read, codec.no_image)
-    if is_base:
+    shown = source + len(codec.palette)
+    shown = torch.where(is_edit & (rand(batch, 1) >= hidden), shown, codec.no_image)
+    if variant == "base":
         captioned = ~is_edit & (rand(batch, 1) >= hidden)
         words = torch.where(captioned, pool.caption[rows], words)
 
     if variant in REGENERATING:
-        masked = rand(target.shape) < rand(batch, 1)  # a share ~ U(0, 1)
-        states = torch.where(masked, MASK, target).unsqueeze(0)
-        editable = masked  # plain mask diffusion has no loss at visible tokens
+        editable = rand(target.shape) < rand(batch, 1)  # masked: a share ~ U(0, 1)
+        states = torch.where(editable, MASK, target).unsqueeze(0)
     else:
-        trajectory, turn = revision_states(source, target, generator)
-        states = rm.history_until(trajectory, turn)
-        if not VARIANTS[variant][0]:
-            states = states[-1:]  # without history only the current state is read
         editable = torch.ones_like(target, dtype=torch.bool)
+        states = rm.history_until(*revision_states(source, target, generator))
+        if variant == "rm":
+            states = states[-1:]  # without history only the current state is read
 
     # The text begins at a random slot, so that no word is tied to one: phrasings differ in it.
     spare = (words == codec.no_word).sum(1, keepdim=True)
     shift = (rand(batch, 1) * (spare + 1)).long()  # ~ U{0..spare}
     slots = torch.arange(codec.length, device=device) - shift
-    words = words.gather(1, slots % codec.length)
-    prompt = torch.cat([words, read], 1)
+    prompt = torch.cat([words.gather(1, slots % codec.length), shown], 1)
     prompts = prompt.new_full((len(states), *prompt.shape), ABSENT)
     prompts[-1] = prompt
-    editable = torch.cat([torch.zeros_like(prompt, dtype=torch.bool), editable], 1)
+    editable = F.pad(editable, (codec.prompt, 0), value=False)
     return torch.cat([prompts, states], -1), torch.cat([prompt, target], 1), editable
 
 
@@ -649,21 +603,12 @@ class Decoding:
     name: str = "two-phase"
     mask_steps: int = 8  # at most; a row goes on to the second phase when it re-masks nothing more
     reveal_steps: int = 8
-    threshold: float = 0.0  # re-mask only where p(M) is above this, too; the paper's is 0.9
+    threshold: float = 0.0  # two-phase: re-mask only where p(M) is above this, too (paper: 0.9)
     max_turns: int = 16  # of the loop
 
 
+TWO_PHASE = Decoding()
 REGENERATE = Decoding("regenerate", mask_steps=0, reveal_steps=16)
-
-
-def remask_above(
-    threshold: float, logits: Tensor, tokens: Tensor, mask_id: int, editable: Tensor, **options
-) -> Tensor:
-    """Eq. 1 with a condition more: a visible token is re-masked only where p(M) > threshold."""
-    if threshold:
-        sure = logits.softmax(-1)[..., mask_id] > threshold
-        editable = editable & (sure | (tokens == mask_id))
-    return rm.decide(logits, tokens, mask_id, editable, **options)
 
 
 @torch.no_grad()
@@ -676,7 +621,7 @@ def two_phase(
     the trace, int64 [turns + 1, B, N], the last without MASK.  Each row changes phase in the turn
     that finds nothing more to re-mask, so that its result does not depend on its batch.
     """
-    masking = torch.ones(len(tokens), 1, dtype=torch.bool, device=tokens.device)  # rows in phase 1
+    masking = torch.ones(len(tokens), 1, dtype=torch.bool, device=tokens.device)  # in phase 1
     reveals = torch.zeros_like(masking, dtype=torch.long)  # turns in phase 2
     total = torch.ones_like(reveals)  # masks at the start of phase 2
     trace = [tokens]
@@ -684,18 +629,18 @@ def two_phase(
     for turn in range(decoding.mask_steps + decoding.reveal_steps):
         logits = denoiser(history.push(tokens))
         masking = masking & (turn < decoding.mask_steps)
-        may_change = editable & masking
-        remasked = remask_above(
-            decoding.threshold, logits, tokens, MASK, may_change, allow_reveal=False
-        )
+        may_mask = editable & masking
+        if decoding.threshold:
+            may_mask &= logits.softmax(-1)[..., MASK] > decoding.threshold
+        remasked = rm.decide(logits, tokens, MASK, may_mask, allow_reveal=False)
         masking = masking & (remasked != tokens).any(-1, keepdim=True)
 
         masks = (remasked == MASK).sum(-1, keepdim=True)
         total = torch.where(reveals == 0, masks.clamp(min=1), total)
         reveals = reveals + ~masking
         # After step s of S a share cos(pi s / 2S) of the masks is left; one at least is revealed.
-        share = torch.cos(math.pi / 2 * (reveals / decoding.reveal_steps).clamp(max=1))
-        left = (total * share).floor().long()
+        part = (reveals / decoding.reveal_steps).clamp(max=1)
+        left = (total * torch.cos(math.pi / 2 * part)).floor().long()
         left = torch.where(reveals >= decoding.reveal_steps, 0, left)
         count = torch.where(masking, 0, (masks - left).clamp(min=1)).flatten()
         tokens = rm.decide(logits, remasked, MASK, editable, count, allow_remask=False)
@@ -705,19 +650,14 @@ def two_phase(
     return torch.stack(trace)
 
 
-class Edited(NamedTuple):
-    tokens: Tensor  # int64 [B, P], no MASK
-    masked: Tensor  # bool [B, P]: masked in some turn; elsewhere tokens equal the start
-    turns: list[int]  # forward passes a row
-    trace: Tensor  # int64 [turns + 1, B, P]
-
-
 @torch.no_grad()
 def edit(
-    model: Editor, source: Tensor, instruction: Tensor,
-    gamma: float = 0.0, rotate: bool = False, decoding: Decoding = Decoding(),
-) -> Edited:  # fmt: skip
-    """Edits source, int64 [B, P], by instruction, int64 [B, length], on the model's device."""
+    model: Editor, source: Tensor, instruction: Tensor, decoding: Decoding = TWO_PHASE
+) -> tuple[list[int], Tensor]:
+    """Edits source, int64 [B, P], by instruction, int64 [B, length], on the model's device.
+
+    Returns the forward passes a row and the trace, int64 [turns + 1, B, P], the last without MASK.
+    """
     codec = model.codec
 
     def denoiser(inputs: Tensor) -> Tensor:
@@ -728,21 +668,17 @@ def edit(
     tokens = torch.cat([instruction, source + len(codec.palette), start], 1)
     editable = torch.arange(tokens.shape[1], device=tokens.device) >= codec.prompt
     editable = editable.expand_as(tokens)
-    history = PromptHistory(model.embedding.detach(), gamma, rotate)
+    history = PromptHistory(model.embedding.detach(), model.gamma, model.rotate)
     history.prompt = codec.prompt
     if decoding.name == "loop":
-        rule = partial(remask_above, decoding.threshold)
-        result = rm.revise(
-            denoiser, tokens, MASK, history, decoding.max_turns, editable, trace=True, rule=rule
-        )
-        trace, turns = result.trace, result.turns
+        most = decoding.max_turns
+        _, turns, _, trace = rm.revise(denoiser, tokens, MASK, history, most, editable, trace=True)
     else:
         trace = two_phase(denoiser, tokens, editable, history, decoding)
         moved = (trace[1:] != trace[:-1]).any(-1)
         number = torch.arange(1, len(moved) + 1, device=moved.device).unsqueeze(1)
-        turns = (moved * number).amax(0).clamp(min=1).tolist()  # a row's last change, or one look
-    trace = trace[..., codec.prompt :]
-    return Edited(trace[-1], (trace == MASK).any(0), turns, trace)
+        turns = (moved * number).amax(0).clamp(min=1).tolist()  # until the last change
+    return turns, trace[..., codec.prompt :]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -756,8 +692,8 @@ def structural_similarity(a: Tensor, b: Tensor, window: int = 7) -> Tensor:
     """
 
     def mean(x: Tensor) -> Tensor:
-        channels_first = x.movedim(-1, 1)
-        return F.avg_pool2d(channels_first, window, 1, window // 2, count_include_pad=False)
+        x = x.movedim(-1, 1)
+        return F.avg_pool2d(x, window, 1, window // 2, count_include_pad=False)
 
     mean_a, mean_b = mean(a), mean(b)
     variance_a, variance_b = mean(a * a) - mean_a**2, mean(b * b) - mean_b**2
@@ -822,32 +758,31 @@ def share_exact(right: Tensor) -> dict:
 
 
 def evaluate(
-    model: Editor, pairs: Pairs, gamma: float = 0.0, rotate: bool = False,
-    decoding: Decoding = Decoding(), chunk: int = 100,
-) -> tuple[dict, Tensor, Tensor]:  # fmt: skip
+    model: Editor, pairs: Pairs, decoding: Decoding = TWO_PHASE, chunk: int = 100
+) -> tuple[dict, Tensor, Tensor]:
     """Every metric on pairs: (record, edited tokens int64 [n, P], predicted mask bool [n, P])."""
     began = time.perf_counter()
     device = model.embedding.device
-    parts = []
+    turns, tokens, masked = [], [], []
     for rows in torch.arange(len(pairs.source)).split(chunk):
-        source, words = pairs.source[rows].to(device), pairs.instruction[rows].to(device)
-        parts.append(edit(model, source, words, gamma, rotate, decoding))
+        prompts = (pairs.source[rows].to(device), pairs.instruction[rows].to(device))
+        passes, trace = edit(model, *prompts, decoding)
+        turns += passes
+        tokens.append(trace[-1].cpu())
+        masked.append((trace == MASK).any(0).cpu())
     seconds = time.perf_counter() - began
 
-    tokens = torch.cat([part.tokens.cpu() for part in parts])
-    masked = torch.cat([part.masked.cpu() for part in parts])
-    turns = sum((part.turns for part in parts), [])
+    tokens, masked = torch.cat(tokens), torch.cat(masked)
     right = (tokens == pairs.target).all(-1)
-    values = measure(*map(model.codec.decode_image, (tokens, pairs.source, pairs.target)))
-    by_verb = {verb: torch.tensor([v == verb for v in pairs.verbs]) for verb in set(pairs.verbs)}
-    by_phrasing = {}
-    if pairs.unseen_phrase:
-        unseen = torch.tensor(pairs.unseen_phrase)
-        by_phrasing = {"unseen_phrasing": unseen, "seen_phrasing": ~unseen}
+    images = map(model.codec.decode_image, (tokens, pairs.source, pairs.target))
+    verbs = sorted(set(pairs.verbs))
+    rows_of = {verb: torch.tensor([v == verb for v in pairs.verbs]) for verb in verbs}
+    unseen = torch.tensor(pairs.unseen_phrase or [])
+    by_phrasing = {"unseen_phrasing": unseen, "seen_phrasing": ~unseen} if len(unseen) else {}
     record = {
         **share_exact(right),
-        **{name: summarize(value) for name, value in values.items()},
-        "by_verb": {verb: share_exact(right[rows]) for verb, rows in sorted(by_verb.items())},
+        **{name: summarize(values) for name, values in measure(*images).items()},
+        "by_verb": {verb: share_exact(right[rows]) for verb, rows in rows_of.items()},
         **{name: share_exact(right[rows]) for name, rows in by_phrasing.items()},
         "mean_turns": sum(turns) / len(turns),
         "decoding": asdict(decoding),
@@ -858,64 +793,35 @@ def evaluate(
     return record, tokens, masked
 
 
-def decodings_of(variant: str) -> dict[str, Decoding]:
-    """The rows of a variant in the table; the first one counts."""
-    if variant in REGENERATING:
-        return {variant: REGENERATE}
-    return {
-        f"{variant}, two phases": Decoding(),
-        f"{variant}, two phases, p(M) > 0.9": Decoding(threshold=0.9),
-        f"{variant}, loop of Eq. 1": Decoding("loop"),
-    }
-
-
 def print_table(rows: dict[str, dict]) -> None:
     """The paper's table beside ours.  rows: label -> record of evaluate."""
-    heads = ("prec. %", "cover. %", "MAE", "PSNR", "median", "SSIM", "passes")
-    forms = (".2f", ".2f", ".3f", ".2f", ".1f", ".4f", ".1f")
-
-    def print_row(label: str, exact: str, *cells: float | str | None) -> None:
-        line = f"{label:36}{exact:>22}"
-        for cell, form in zip(cells, forms):
-            shown = f"{cell:{form}}" if isinstance(cell, float) else cell or "-"
-            line += f"{shown:>10}"
-        print(line)
-
-    print()
-    print_row("", "exact % (95 %)", *heads)
-    for label, (*cells, ssim) in PAPER.items():
-        print_row(f"paper (photographs), {label}", "-", *cells, None, ssim, None)
+    heads = ("exact %", "from", "to", "prec. %", "cover. %", "MAE", "PSNR", "SSIM", "median PSNR")
+    print(f"\n{'':32}" + "".join(f"{head:>12}" for head in (*heads, "passes")))
+    for label, cells in PAPER.items():
+        print(f"paper (photographs), {label:47}" + "".join(f"{cell:12.2f}" for cell in cells))
     for label, row in rows.items():
-        low, high = row["ci95_exact"]
-        exact = f"{100 * row['exact']:.1f} ({100 * low:.1f} to {100 * high:.1f})"
-        mean = {key: row[key]["mean"] for key in ("precision", "coverage", "mae", "psnr", "ssim")}
-        for key in ("precision", "coverage"):
-            mean[key] = None if mean[key] is None else 100 * mean[key]
-        *cells, ssim = mean.values()
-        print_row(label, exact, *cells, row["psnr"]["median"], ssim, row["mean_turns"])
-    for label, row in rows.items():
-        parts = [f"{verb} {100 * part['exact']:.1f}" for verb, part in row["by_verb"].items()]
-        print(f"{label:36}exact % by verb: {', '.join(parts)}")
-    print("PSNR: mean of the finite values, median of all; infinite where nothing outside changed")
+        mean = [row[name]["mean"] for name in ("precision", "coverage", "mae", "psnr", "ssim")]
+        precision, coverage, *others = [math.nan if x is None else x for x in mean]
+        percents = (100 * x for x in (row["exact"], *row["ci95_exact"], precision, coverage))
+        cells = (*percents, *others, float(row["psnr"]["median"]), row["mean_turns"])
+        print(f"{label:32}" + "".join(f"{cell:12.3f}" for cell in cells))
+    print("PSNR is infinite where nothing outside changed: mean of the others, median of all")
 
 
 # ------------------------------------------------------------------------------------------------
 # Training
 
 
-def training_run(
-    model: Editor, variant: str, pool: Pairs, steps: int, seed: int, compile: bool, **options
-):
-    """rm.train with the settings of a variant."""
-    gamma, rotate = VARIANTS[variant]
-    sample = partial(sample_batch, pool=pool, codec=model.codec, variant=variant)
-    options |= {"gamma": gamma, "rotate": rotate, "seed": seed, "compile": compile}
-    return rm.train(model, sample, steps, MASK, **TRAINING, **options)
+def training_run(model: Editor, pool: Pairs, steps: int, **options):
+    """rm.train with the settings of the model's variant."""
+    sample = partial(sample_batch, pool=pool, codec=model.codec, variant=model.variant)
+    options |= TRAINING | {"gamma": model.gamma, "rotate": model.rotate}
+    return rm.train(model, sample, steps, MASK, **options)
 
 
 def train_variant(
     variant: str, pool: Pairs, codec: Codec, folder: Path, steps: int,
-    device: torch.device | str = "cpu", seed: int = 0, compile: bool = False,
+    device: torch.device, seed: int = 0, compile: bool = False,
 ) -> dict:  # fmt: skip
     """Trains a variant, goes on with it, or reads its record; all but base start from base.pt.
 
@@ -923,8 +829,7 @@ def train_variant(
     """
     path = folder / f"{variant}.json"
     resume = folder / f"{variant}.resume.pt"
-    tensors = (pool.source, pool.target, pool.instruction, pool.caption)
-    data = rm.fingerprint(json.dumps(asdict(codec)), *tensors)
+    data = rm.fingerprint(json.dumps(asdict(codec)), *pool[:4])
     settings = {"seed": seed, "pairs": len(pool.source), "data": data, "steps": steps}
     record = rm.finished_record(path, settings)
     if record:
@@ -932,13 +837,14 @@ def train_variant(
     notes = rm.resume_notes(resume, settings) or {"settings": settings, "curve": []}
 
     torch.manual_seed(seed)
-    model = Editor(codec).to(device)
-    if variant != "base":
-        model = load_editor(folder / "base.pt", device)[0]
+    if variant == "base":
+        model = Editor(codec, variant).to(device)
+    else:
+        model = load_editor(folder / "base.pt", device, variant)
     every = max(1, steps // 20)
     keep = {"checkpoint": resume, "checkpoint_every": every, "notes": notes}
     recent = []
-    for step, stats in training_run(model, variant, pool, steps, seed, compile, **keep):
+    for step, stats in training_run(model, pool, steps, seed=seed, compile=compile, **keep):
         recent.append(stats)
         if step % every == 0:
             names = ("reveal", "remask", "keep")
@@ -947,13 +853,12 @@ def train_variant(
             rm.show_progress(step, steps, stats | mean, variant)
             recent = []
 
-    gamma, rotate = VARIANTS[variant]
     record = {
         "variant": variant,
-        "gamma": gamma,
-        "rotate": rotate,
+        "gamma": model.gamma,
+        "rotate": model.rotate,
         "steps": steps,
-        "minutes": notes["curve"][-1]["minutes"],
+        "minutes": stats["seconds"] / 60,
         "settings": settings,
         "training": TRAINING,
         "compiled": compile,
@@ -969,39 +874,46 @@ def train_variant(
 
 
 def planned_steps(
-    folder: Path, minutes: float, pool: Pairs, codec: Codec, device: torch.device | str
+    folder: Path, minutes: float, pool: Pairs, codec: Codec, device: torch.device
 ) -> int:
-    """Steps of RM: those of a run begun in folder, else as many as fit the time; 5 times whole."""
+    """Steps of RM: those of a run begun in folder, or as many as fit; base's fifth is whole."""
     begun = rm.finished_record(folder / "base.json", {})
     begun = begun or rm.resume_notes(folder / "base.resume.pt", {})
     if begun:
         return round(begun["settings"]["steps"] / BASE_SHARE)
-    trial = training_run(Editor(codec).to(device), "rm", pool, 25, seed=0, compile=False)
+    trial = training_run(Editor(codec, "rm").to(device), pool, 25)
     return 5 * math.ceil(rm.steps_in(minutes, trial) / 5)
 
 
 def train_all(
     variants: list[str], pool: Pairs, test: Pairs, codec: Codec, folder: Path,
-    steps: int | None = None, base_steps: int | None = None, minutes: float = 20,
-    device: torch.device | str = "cpu", seed: int = 0, compile: bool = False,
+    device: torch.device, steps: int | None = None, base_steps: int | None = None,
+    minutes: float = 20, seed: int = 0, compile: bool = False,
 ) -> dict:  # fmt: skip
     """The bare command: trains what is not done yet, evaluates every row; a table, a gallery."""
     variants = sorted({"base", *variants}, key=list(VARIANTS).index)
-    pool = pool.to(device)
+    pool = Pairs(*(part.to(device) for part in pool[:4]), *pool[4:])
     share = minutes / (len(variants) - 1 + BASE_SHARE)
     steps = steps or planned_steps(folder, share, pool, codec, device)
-    training, rows, shown = {}, {}, {}
-    for variant in variants:
-        own = (base_steps or math.ceil(BASE_SHARE * steps)) if variant == "base" else steps
-        training[variant] = train_variant(
-            variant, pool, codec, folder, own, device, seed, compile
-        )
+    steps_of = dict.fromkeys(variants, steps)
+    steps_of["base"] = base_steps or math.ceil(BASE_SHARE * steps)
+    run = partial(train_variant, device=device, seed=seed, compile=compile)
+    training = {name: run(name, pool, codec, folder, steps_of[name]) for name in variants}
     if not rm.is_main_process():
         return {}
+
+    rows, shown = {}, {}
     for variant in variants:
-        model, info = load_editor(folder / f"{variant}.pt", device)
-        for label, decoding in decodings_of(variant).items():
-            rows[label], *pictures = evaluate(model, test, info["gamma"], info["rotate"], decoding)
+        model = load_editor(folder / f"{variant}.pt", device)
+        decodings = {
+            f"{variant}, two phases": TWO_PHASE,
+            f"{variant}, two phases, p(M) > 0.9": Decoding(threshold=0.9),
+            f"{variant}, loop of Eq. 1": Decoding("loop"),
+        }
+        if variant in REGENERATING:
+            decodings = {variant: REGENERATE}
+        for label, decoding in decodings.items():
+            rows[label], *pictures = evaluate(model, test, decoding)
             shown.setdefault(variant, pictures)
             print(f"{label}: exact {100 * rows[label]['exact']:.1f} %", flush=True)
     print_table(rows)
@@ -1019,75 +931,47 @@ def train_all(
 
 
 # ------------------------------------------------------------------------------------------------
-# Figures
+# Figures and files
 
 
-def draw_strips(path: Path, heads: list[str], strips: dict[str, list[np.ndarray]]) -> None:
-    """A row of pictures, uint8 [H, W, 3] each, under every text; heads below them."""
-    size = (1.4 * len(heads), 1.8 * len(strips))
-    figure, axes = rm.new_figure(len(strips), 1, *size)
-    for axis, (text, images) in zip(axes.flat, strips.items()):
-        margin = ((0, 0), (0, 1), (0, 0))
-        axis.imshow(np.hstack([np.pad(image, margin, constant_values=255) for image in images]))
+def draw_strips(path: Path, codec: Codec, heads: list[str], strips: list[tuple]) -> None:
+    """Rows of pictures, heads below; MASK is magenta.  strips: (text, [tokens int64 [P], ...])."""
+    figure, axes = rm.new_figure(len(strips), 1, 1.4 * len(heads), 1.8 * len(strips))
+    middles = [(codec.width + 1) * (i + 0.5) - 1 for i in range(len(heads))]
+    for axis, (text, states) in zip(axes.flat, strips):
+        images = codec.decode_image(torch.stack(states).cpu())
+        framed = F.pad(images, (0, 0, 0, 1), value=255)  # a white column after each
+        axis.imshow(torch.cat([*framed], dim=1).numpy())
         axis.set_title(text, loc="left", fontsize=8)
-        width = images[0].shape[1] + 1
-        centres = [width * (i + 0.5) - 1 for i in range(len(images))]
-        axis.set_xticks(centres, heads, fontsize=7)
+        axis.set_xticks(middles, heads, fontsize=7)
         axis.set_yticks([])
         axis.tick_params(length=0)
         axis.spines[:].set_visible(False)
     rm.save_figure(figure, path)
 
 
-def show_mask(codec: Codec, source: Tensor, masked: Tensor) -> np.ndarray:
-    """The source in grey, the pixels that were masked in some turn in magenta: uint8 [H, W, 3]."""
-    grey = codec.decode_image(source).float().mean(-1, keepdim=True).mul(0.5).add(100)
-    chosen = masked.cpu().view(codec.height, codec.width, 1)
-    return torch.where(chosen, torch.tensor([255.0, 0, 255]), grey).byte().numpy()
+def draw_gallery(path: Path, codec: Codec, pairs: Pairs, shown: dict[str, list[Tensor]]) -> None:
+    """Two edits a verb, ten at most: source, what RM re-masked, the variants' results, target.
 
-
-def draw_gallery(
-    path: Path, codec: Codec, pairs: Pairs, shown: dict[str, tuple[Tensor, Tensor]], most: int = 10
-) -> None:
-    """Two edits a verb: source, the predicted mask of RM (or the last variant), results, target.
-
-    shown: variant -> edited tokens int64 [n, P], predicted mask bool [n, P].
+    shown: variant -> [edited tokens int64 [n, P], predicted mask bool [n, P]].
     """
     ours = "rm" if "rm" in shown else list(shown)[-1]
-    seen = Counter()
-    strips = {}
+    rows_of = {}
     for i, verb in enumerate(pairs.verbs):
-        seen[verb] += 1
-        if seen[verb] <= 2 and len(strips) < most:
-            states = [pairs.source[i], *(tokens[i] for tokens, _ in shown.values()), pairs.target[i]]
-            images = [codec.decode_image(state).numpy() for state in states]
-            images.insert(1, show_mask(codec, pairs.source[i], shown[ours][1][i]))
-            strips[pairs.texts[i]] = images
-    draw_strips(path, ["source", f"re-masked by {ours}", *shown, "target"], strips)
+        rows_of.setdefault(verb, []).append(i)
+    strips = []
+    for i in [i for rows in rows_of.values() for i in rows[:2]][:10]:
+        masked = torch.where(shown[ours][1][i], MASK, pairs.source[i])
+        results = [tokens[i] for tokens, _ in shown.values()]
+        strips.append((pairs.texts[i], [pairs.source[i], masked, *results, pairs.target[i]]))
+    draw_strips(path, codec, ["source", f"re-masked by {ours}", *shown, "target"], strips)
 
 
-def animate(path: Path, codec: Codec, trace: Tensor) -> None:
-    """A GIF, a frame a turn, MASK in magenta.  trace: int64 [turns + 1, P]."""
-    from PIL import Image
+def edit_file(model: Editor, path: Path, instruction: str, out: Path, decoding: Decoding) -> dict:
+    """Edits a picture; writes out, and every turn side by side as <out>_turns.png.
 
-    scale = max(1, 256 // max(codec.height, codec.width))
-    frames = codec.decode_image(trace).numpy().repeat(scale, 1).repeat(scale, 2)
-    first, *others = map(Image.fromarray, frames)
-    options = {"duration": [500] * len(others) + [2000], "loop": 0, "append_images": others}
-    rm.replace_file(path, lambda file: first.save(file, "GIF", save_all=True, **options))
-    print(f"wrote {path}")
-
-
-def edit_file(
-    model: Editor, info: dict, path: Path, instruction: str, out: Path, decoding: Decoding,
-    gif: Path | None = None,
-) -> dict:  # fmt: skip
-    """Edits one file; writes out, source, mask and result side by side, and the animation.
-
-    What the model does not change is copied, with its transparency.
+    A pixel that the model leaves alone is copied, with its transparency.  Raises InputError.
     """
-    from PIL import Image
-
     codec = model.codec
     picture, original = read_picture(path)
     height, width = picture.shape[:2]
@@ -1097,25 +981,23 @@ def edit_file(
     device = model.embedding.device
     words = torch.tensor([codec.encode_text(instruction)], device=device)
     source = torch.from_numpy(codec.encode_image(picture)).unsqueeze(0).to(device)
-    result = edit(model, source, words, info["gamma"], info["rotate"], decoding)
+    (turns,), trace = edit(model, source, words, decoding)
 
-    changed = (result.tokens != source).cpu().view(height, width, 1).numpy()
-    drawn = codec.decode_image(result.tokens[0]).numpy()
-    edited = np.where(changed, np.dstack([drawn, np.full((height, width), 255)]), original)
+    changed = (trace[-1] != source).cpu().view(height, width, 1).numpy()
+    drawn = codec.decode_image(trace[-1, 0]).numpy()
+    opaque = np.dstack([drawn, np.full((height, width), 255)])
+    edited = Image.fromarray(np.where(changed, opaque, original).astype(np.uint8))
     if (original[..., 3] == 255).all():
-        edited = edited[..., :3]
-    image = Image.fromarray(edited.astype(np.uint8))
-    rm.replace_file(out, lambda file: image.save(file, "PNG"))
+        edited = edited.convert("RGB")
+    rm.replace_file(out, lambda file: edited.save(file, "PNG"))
     print(f"wrote {out}")
-    strip = [picture, show_mask(codec, source[0], result.masked[0]), drawn]
-    heads = ["source", "re-masked", f"after {result.turns[0]} turns"]
-    draw_strips(out.with_name(f"{out.stem}_steps.png"), heads, {instruction: strip})
-    if gif:
-        animate(gif, codec, result.trace[:, 0])
+    heads = ["source", *map(str, range(1, len(trace)))]
+    strip = (instruction, [*trace[:, 0]])
+    draw_strips(out.with_name(f"{out.stem}_turns.png"), codec, heads, [strip])
     return {
         "instruction": instruction,
-        "turns": result.turns[0],
-        "remasked_pixels": int(result.masked.sum()),
+        "turns": turns,
+        "remasked_pixels": int((trace == MASK).any(0).sum()),
         "changed_pixels": int(changed.sum()),
     }
 
@@ -1130,18 +1012,19 @@ def parse_arguments() -> argparse.Namespace:
         "arguments: train base, baseline and RM on our own scenes, evaluate on held-out ones, draw."
     )
     positive = rm.number(int, 1)
-    what = options.add_argument_group("what to do (default: train)").add_mutually_exclusive_group()
-    what.add_argument("--evaluate", action="store_true", help="score --checkpoint on test pairs")
-    what.add_argument("--image", type=Path, metavar="IN.png", help="edit this file, write --out")
-    add = options.group("data", "train")
+    add = options.add_argument_group("what to do (default: train)").add_argument
+    add("--evaluate", action="store_true", help="score --checkpoint on test pairs")
+    add("--image", type=Path, metavar="IN.png", help="edit this file, write --out OUT.png")
+    add("--instruction", metavar="TEXT", help="with --image: what to do with it")
+    add = options.group("training data", "train")
     add("--pairs", type=Path, metavar="DIR", help="train on DIR/pairs.jsonl, with --test")
     add("--pool", type=positive, default=40_000, help="training pairs at most (default 40000)")
     add = options.group("test data", "train", "evaluate")
     add("--test", type=Path, metavar="DIR", help="test on DIR/pairs.jsonl (default: our scenes)")
     add("--n", type=positive, default=1000, help="test pairs at most (default 1000)")
     add = options.group("training", "train")
-    add("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="V",
-        help=f"which of {', '.join(VARIANTS)} (default: all); base is always first")  # fmt: skip
+    names = {"choices": VARIANTS, "default": list(VARIANTS), "metavar": "V"}
+    add("--variants", nargs="+", **names, help="which (default: base sft rm history); base always")
     add("--minutes", type=rm.number(float, 0.01), default=20, help="for all of them (default 20)")
     add("--steps", type=positive, help="this many a variant instead, the base a fifth of them")
     add("--base-steps", type=positive, help="with --steps: of the base")
@@ -1149,24 +1032,27 @@ def parse_arguments() -> argparse.Namespace:
     add = options.group("editing", "evaluate", "image")
     shipped = HERE / "checkpoints/image_rm.pt"
     add("--checkpoint", type=Path, default=shipped, help="default: the shipped one")
-    add("--decode", choices=["two-phase", "loop"], default="two-phase",
-        help="the paper's two phases, or Eq. 1 until nothing changes")  # fmt: skip
-    add("--threshold", type=rm.number(float, 0, 1), default=0.0,
-        help="re-mask only where p(M) is above this, too (paper 0.9; default 0)")  # fmt: skip
-    add = options.group("one picture", "image")
-    add("--instruction", metavar="TEXT", help="what to do with it")
-    add("--gif", type=Path, metavar="FILE", help="also write the turns as an animation")
-    options.general("runs/image, with --smoke runs/smoke; with --image the PNG")
+    decode = {"choices": ["two-phase", "loop"], "default": "two-phase"}
+    add("--decode", **decode, help="the paper's two phases, or Eq. 1 until nothing changes")
+    share = rm.number(float, 0, 1)
+    add("--threshold", type=share, default=0.0, help="two-phase: re-mask where p(M) is above this")
+    options.general("runs/image", seed_modes=("train", "evaluate"))
     args = options.parse(lambda a: "image" if a.image else "evaluate" if a.evaluate else "train")
 
-    if args.mode == "image" and not (args.instruction and args.out and args.out.suffix == ".png"):
+    if args.image and not (args.instruction and args.out and args.out.suffix.lower() == ".png"):
         options.error("--image needs --instruction TEXT and --out OUT.png")
+    if args.image and (args.evaluate or args.smoke) or args.instruction and not args.image:
+        options.error("--image goes with --instruction, and with neither --evaluate nor --smoke")
     if args.mode == "train" and bool(args.pairs) != bool(args.test):
         options.error("--pairs and --test go together")
     if args.steps and "minutes" in args.given or args.base_steps and not args.steps:
         options.error("--steps goes without --minutes, --base-steps with --steps")
-    if args.mode == "image" and args.given & {"seed", "smoke"}:
-        options.error("--seed and --smoke have no effect with image")
+    if "seed" in args.given and args.evaluate and args.test:
+        options.error("--seed has no effect with --test")
+    if args.out and args.out.is_file() and not args.image:
+        options.error(f"--out {args.out} is a file")
+    if args.decode == "loop" and args.threshold:
+        options.error("--threshold has no effect with --decode loop")
     if args.smoke:
         args.steps = args.steps or 2
         args.pool, args.n = min(args.pool, 12), min(args.n, 6)
@@ -1174,51 +1060,39 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
-def choose_decoding(info: dict, name: str, threshold: float) -> Decoding:
-    """Of a checkpoint: a base or SFT model regenerates (InputError: RM's was asked for)."""
-    chosen = Decoding(name, threshold=threshold)
-    if info["variant"] not in REGENERATING:
-        return chosen
-    if chosen != Decoding():
-        raise InputError(f"a {info['variant']} model regenerates: --decode, --threshold are RM's")
-    return REGENERATE
-
-
 def main() -> None:
     args = parse_arguments()
     device = rm.start_device(args.device)
-    if args.mode != "train":
-        if rm.dist.is_initialized():
-            raise InputError("torchrun is for training; run this with one process")
-        model, info = load_editor(args.checkpoint, device)
-        decoding = choose_decoding(info, args.decode, args.threshold)
-    if args.mode == "image":
-        result = edit_file(
-            model, info, args.image, args.instruction, args.out, decoding, args.gif
-        )
-    elif args.mode == "evaluate":
-        if args.test:
-            pairs, _, about = read_pairs(args.test, model.codec, args.n)
-            print(about)
-        else:
-            pairs, codec = scene_pairs(args.n, TEST_SEED + args.seed, test=True)
-            if codec != model.codec:
-                raise InputError(f"{args.checkpoint} knows other pictures: give --test DIR")
-        score, *pictures = evaluate(model, pairs, info["gamma"], info["rotate"], decoding)
-        print_table({info["variant"]: score})
-        draw_gallery(args.out / "evaluate.png", model.codec, pairs, {info["variant"]: pictures})
-        names = {"seed": args.seed, "checkpoint": args.checkpoint.name}
-        result = {**score, **names, "provenance": rm.provenance()}
-    else:
+    if args.mode == "train":
         if args.pairs:
-            pool, codec, about = read_pairs(args.pairs, most=args.pool)
-            test, _, about_test = read_pairs(args.test, codec, args.n)
-            print(f"{about}\n{about_test}")
+            pool, codec = read_pairs(args.pairs, most=args.pool)
+            test, _ = read_pairs(args.test, codec, args.n)
         else:
             pool, codec = scene_pairs(args.pool, args.seed)
             test, _ = scene_pairs(args.n, TEST_SEED, test=True)
-        plan = (args.steps, args.base_steps, args.minutes, device, args.seed, args.compile)
-        result = train_all(args.variants, pool, test, codec, args.out, *plan)
+        plan = (args.steps, args.base_steps, args.minutes, args.seed, args.compile)
+        result = train_all(args.variants, pool, test, codec, args.out, device, *plan)
+    else:
+        model = load_editor(args.checkpoint, device)
+        decoding = Decoding(args.decode, threshold=args.threshold)
+        if model.variant in REGENERATING:
+            if decoding != Decoding():
+                raise InputError(f"{args.checkpoint} regenerates: --decode, --threshold are RM's")
+            decoding = REGENERATE
+    if args.mode == "image":
+        result = edit_file(model, args.image, args.instruction, args.out, decoding)
+    if args.mode == "evaluate":
+        if args.test:
+            pairs, codec = read_pairs(args.test, model.codec, args.n)
+        else:
+            pairs, codec = scene_pairs(args.n, TEST_SEED + args.seed, test=True)
+        if codec != model.codec:
+            raise InputError(f"{args.checkpoint} knows other pictures than ours: give --test DIR")
+        score, *pictures = evaluate(model, pairs, decoding)
+        print_table({model.variant: score})
+        draw_gallery(args.out / "evaluate.png", codec, pairs, {model.variant: pictures})
+        names = {"seed": args.seed, "checkpoint": args.checkpoint.name}
+        result = {**score, **names, "provenance": rm.provenance()}
     if args.json and rm.is_main_process():
         rm.write_json(args.json, result)
 
