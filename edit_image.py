@@ -798,7 +798,7 @@ def print_table(rows: dict[str, dict]) -> None:
     heads = ("exact %", "from", "to", "prec. %", "cover. %", "MAE", "PSNR", "SSIM", "median PSNR")
     print(f"\n{'':32}" + "".join(f"{head:>12}" for head in (*heads, "passes")))
     for label, cells in PAPER.items():
-        print(f"paper (photographs), {label:47}" + "".join(f"{cell:12.2f}" for cell in cells))
+        print(f"paper (photographs), {label:47}" + "".join(f"{cell:12.3f}" for cell in cells))
     for label, row in rows.items():
         mean = [row[name]["mean"] for name in ("precision", "coverage", "mae", "psnr", "ssim")]
         precision, coverage, *others = [math.nan if x is None else x for x in mean]
