@@ -842,6 +842,7 @@ class InputError(ValueError):
 
 def run_script(main: Callable[[], None]) -> None:
     """Runs a script's main; what the user gave wrong, or stopped, ends in one line."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that lacks a character
     try:
         main()
         if dist.is_initialized():  # all is written; gloo's threads may abort an orderly end
@@ -1127,9 +1128,9 @@ class Options(argparse.ArgumentParser):
             if action.dest in args.given and modes and args.mode not in modes:
                 self.error(f"{action.option_strings[0]} has no effect with {args.mode}")
         for path in (args.json, args.out):
-            if path:  # --out may name a file, too, which then has an ending
-                file = path == args.json or (path.suffix and not path.is_dir())
-                check_writable(path if file else path / "file")
+            if path:  # --out may name a picture; without an ending, or where one is, a folder
+                picture = path.suffix == ".png" and not path.is_dir()
+                check_writable(path if picture or path == args.json else path / "file")
         return args
 
     def error(self, message: str):
