@@ -1,6 +1,6 @@
 """Task 2: text.  A small mask diffusion model writes an answer to a prompt, then revises it.
 
-    python train_text.py                             base, SFT and RM on --task code, then the table
+    python train_text.py                             base, SFT and RM on --task code: half an hour
     python train_text.py --task all --history        math, code and choice mixed; RM + history too
     python train_text.py --evaluate                  score the shipped checkpoint
     python train_text.py --ask "number of x over 3|7 4:2|8 6:2" --passes 9      watch it revise
@@ -387,9 +387,11 @@ def generate(task: str, count: int, part: str, seed: int) -> list[Problem]:
 
 def mixed(task: str, count: int, part: str, seed: int) -> list[Problem]:
     """As generate; "all" mixes the tasks: their shares in training, count of each elsewhere."""
-    shares = SHARES[task].items()
-    counts = {name: round(share * count) if part == "train" else count for name, share in shares}
-    return [p for name, n in counts.items() for p in generate(name, max(1, n), part, seed)]
+    problems = []
+    for name, share in SHARES[task].items():
+        share = share if part == "train" else 1
+        problems += generate(name, max(1, round(share * count)), part, seed)
+    return problems
 
 
 class Data(NamedTuple):
@@ -566,6 +568,8 @@ def run_programs(pairs: list[tuple[Problem, str]]) -> list[bool]:
         if runner.returncode < 0:  # killed by a signal: that program is wrong
             verdicts += "n"
     return [verdict == "y" for verdict in verdicts]
+
+
 # ------------------------------------------------------------------------------------------------
 # Training states: samplers for rm.train.  pool: int64 [P, prompt + answer]; start: of the answer
 
@@ -578,20 +582,22 @@ def sample_masks(
     Of the answer's positions; in a share prompt_share of the rows of the prompt's, too.  LLaDA's
     weight is the same, 1/t; the weights of all masked positions are scaled to mean 1.
     """
-    rand = partial(torch.rand, generator=generator, device=pool.device)
-    clean = pool[torch.randint(len(pool), (batch_size,), generator=generator, device=pool.device)]
-    editable = torch.arange(clean.shape[1], device=pool.device) >= start
-    editable = editable | (rand(batch_size, 1) < prompt_share) & (clean != PAD)
-    count = editable.sum(-1, keepdim=True)
-    masks = (rand(batch_size, 1) * count).long() + 1  # uniform in 1..N
-    masked = random_rank(editable, rand) < masks
+    uniform = partial(torch.rand, generator=generator, device=pool.device)
+    chosen = torch.randint(len(pool), (batch_size,), generator=generator, device=pool.device)
+    clean = pool[chosen]
+    with_prompt = uniform(batch_size, 1) < prompt_share
+    in_answer = torch.arange(clean.shape[1], device=pool.device) >= start
+    editable = in_answer | with_prompt & (clean != PAD)
+    count = editable.sum(-1, keepdim=True)  # N
+    masks = (uniform(batch_size, 1) * count).long() + 1  # uniform in 1..N
+    masked = random_rank(editable, uniform) < masks
     weight = (masked.sum() / (batch_size * masks)).expand(clean.shape)
     return clean.masked_fill(masked, MASK).unsqueeze(0), clean, masked, weight
 
 
-def random_rank(chosen: Tensor, rand: Callable[..., Tensor]) -> Tensor:
+def random_rank(chosen: Tensor, uniform: Callable[..., Tensor]) -> Tensor:
     """Of the chosen positions of a row, bool [B, N], 0, 1, ... in random order; others follow."""
-    return rand(chosen.shape).masked_fill(~chosen, 2).argsort(-1).argsort(-1)
+    return uniform(chosen.shape).masked_fill(~chosen, 2).argsort(-1).argsort(-1)
 
 
 def sample_revision(
@@ -609,31 +615,36 @@ def sample_revision(
     included: mistakes are as frequent and as likely as those of a parallel reveal.  And half of its
     rows stand in such a reveal (reveal_trajectory, remember as there).
     """
-    rand = partial(torch.rand, generator=generator, device=pool.device)
+    uniform = partial(torch.rand, generator=generator, device=pool.device)
     corruption, reveals = LAWS[law]
-    clean = pool[torch.randint(len(pool), (batch_size,), generator=generator, device=pool.device)]
+    chosen = torch.randint(len(pool), (batch_size,), generator=generator, device=pool.device)
+    clean = pool[chosen]
     editable = (torch.arange(clean.shape[1], device=pool.device) >= start).expand_as(clean)
     length = clean.shape[1] - start
 
-    share = 2 * corruption * rand(batch_size, 1) * (rand(batch_size, 1) > 0.25) * 4 / 3
-    starts_wrong = editable & (rand(clean.shape) < share)
-    probed = editable & (starts_wrong | (rand(clean.shape) < rand(batch_size, 1)))
-    in_reveal = rand(batch_size, 1) < reveals
-    rank = random_rank(editable, rand)
-    masks = ((length + 1) ** rand(batch_size, 1)).long()  # log-uniform in 1..N
+    most = uniform(batch_size, 1)
+    some = uniform(batch_size, 1) > 0.25
+    share = 2 * corruption * most * some * 4 / 3  # of a row; in the mean corruption
+    starts_wrong = editable & (uniform(clean.shape) < share)
+    noise = uniform(clean.shape)
+    share = uniform(batch_size, 1)
+    probed = editable & (starts_wrong | (noise < share))
+    in_reveal = uniform(batch_size, 1) < reveals
+    rank = random_rank(editable, uniform)
+    masks = ((length + 1) ** uniform(batch_size, 1)).long()  # log-uniform in 1..N
     probe = clean.masked_fill(torch.where(in_reveal, rank < masks, probed), MASK)
     with torch.no_grad(), rm.mixed_precision(pool.device):
         logits = base(history_embedding(probe.unsqueeze(0), base.embedding, 0.0)).float()
 
     moving = editable
-    wrong = rm.topk_wrong(logits, clean, MASK, TOP_K, 2, generator)[0]  # 2: published with a spare
+    wrong = rm.topk_wrong(logits, clean, MASK, TOP_K, 2, generator)[0]  # the second is not needed
     if law == "ours":
         logits[..., MASK] = -torch.inf
         likely, tokens = logits.topk(min(TOP_K, logits.shape[-1] - 1), dim=-1)
         pick = torch.multinomial(likely.softmax(-1).flatten(0, 1), 1, generator=generator)
-        drawn = tokens.gather(-1, pick.view(*clean.shape, 1)).squeeze(-1)
-        moving = editable & ~(starts_wrong & (drawn == clean))  # a draw of the truth stands
-        wrong = torch.where(drawn == clean, wrong, drawn)
+        draft = tokens.gather(-1, pick.view(*clean.shape, 1)).squeeze(-1)
+        moving = editable & ~(starts_wrong & (draft == clean))  # a draft of the truth stands
+        wrong = torch.where(draft == clean, wrong, draft)
     p_wrong = starts_wrong.float()
     states = rm.sample_trajectory(clean, moving, wrong, MASK, 6, p_wrong, generator=generator)
     turn = torch.randint(6, (batch_size,), generator=generator, device=pool.device)
@@ -642,12 +653,14 @@ def sample_revision(
     if law == "ours":
         revealed = reveal_trajectory(clean, logits, rank, masks, length, generator, remember)
         longest = max(len(states), len(revealed))
-        states, revealed = (  # the same number of states, the oldest ABSENT
-            F.pad(part, (0, 0, 0, 0, longest - len(part), 0), value=ABSENT)
-            for part in (states, revealed)
-        )
+        states, revealed = (oldest_absent(part, longest) for part in (states, revealed))
         states = torch.where(in_reveal, revealed, states)
     return states, clean, editable
+
+
+def oldest_absent(states: Tensor, count: int) -> Tensor:
+    """count states, of which those that states, int64 [K, B, N], lacks are ABSENT."""
+    return F.pad(states, (0, 0, 0, 0, count - len(states), 0), value=ABSENT)
 
 
 def reveal_trajectory(
@@ -664,23 +677,28 @@ def reveal_trajectory(
     clean, rank: int64 [B, N], rank below `length` in the answer.  masks: int64 [B, 1].  logits:
     float [B, N, V], the base's where the masks lowest ranks are masked, -inf for MASK.
     """
-    rand = partial(torch.rand, generator=generator, device=clean.device)
+    uniform = partial(torch.rand, generator=generator, device=clean.device)
     batch = len(clean)
     turns = int(torch.randint(1, remember + 1, (), generator=generator, device=clean.device))
-    share = torch.arange(turns + 1, device=clean.device).view(-1, 1, 1) / turns
-    revealing = clean.masked_fill(rank < length - (length - masks) * share, MASK)  # [turns+1, B, N]
+    passed = torch.arange(turns + 1, device=clean.device).view(-1, 1, 1) / turns  # 0, ..., 1
+    revealing = clean.masked_fill(rank < length - (length - masks) * passed, MASK)
 
     masked = rank < masks
     confidence, best = logits.softmax(-1).max(-1)
     order = confidence.masked_fill(~masked, -1).argsort(-1, descending=True).argsort(-1)
-    at_once = masked & (order < ((masks + 1) ** rand(batch, 1)).long())
-    follows = masked & (rand(clean.shape) < rand(batch, 1) * (rand(batch, 1) < 0.5))
+    k = ((masks + 1) ** uniform(batch, 1)).long()  # log-uniform in 1..masks
+    at_once = masked & (order < k)
+    noise = uniform(clean.shape)
+    share = uniform(batch, 1)
+    half = uniform(batch, 1) < 0.5
+    follows = masked & (noise < share * half)
     draft = torch.where(at_once, best, torch.where(follows, clean, revealing[-1]))
     corrected = draft.masked_fill(draft != clean, MASK)
-    trajectory = torch.cat([revealing, draft.unsqueeze(0), corrected.unsqueeze(0)])
 
-    where = rand(batch)
-    return rm.history_until(trajectory, turns + (where > 1 / 3).long() + (where > 5 / 6).long())
+    where = uniform(batch)  # a third, a half, a sixth of the rows
+    now = turns + (where > 1 / 3).long() + (where > 5 / 6).long()
+    trajectory = torch.cat([revealing, draft.unsqueeze(0), corrected.unsqueeze(0)])
+    return rm.history_until(trajectory, now)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -825,7 +843,7 @@ def evaluate_all(model: Model, info: dict, test: list[Problem], passes: list[int
         low, high = (100 * bound for bound in score["ci95"])
         found = f"{100 * score['accuracy']:.1f} % ({low:.1f} to {high:.1f})"
         label = VARIANTS[info["variant"]][0]
-        print(f"{label}, {count} passes: {found}, {score['seconds']:.0f} s", flush=True)
+        say(f"{label}, {count} passes: {found}, {score['seconds']:.0f} s")
     return scores
 
 
@@ -893,20 +911,15 @@ def train_variant(
         checkpoint_every=max(1, steps // 20), seed=seed + 1000 * list(VARIANTS).index(variant),
     ):  # fmt: skip
         if rm.is_main_process() and (step % every == 0 or step == steps):
-            quarter = max(1, data.tokenizer.answer_length // 4)
-            accuracy = evaluate(model, info, data.validation, quarter)["accuracy"]
-            losses = {name: float(stats[name]) for name in ("reveal", "remask", "keep")}
-            minutes = stats["seconds"] / 60
-            point = {"step": step, "minutes": minutes, "passes": quarter, data.name: accuracy}
-            curve.append({**point, **losses})
+            curve.append(curve_point(model, info, data, step, stats))
         if step % max(1, every // 10) == 0 or step == steps:
-            seen = f"right {curve[-1][data.name]:.1%}" if curve else ""
-            rm.show_progress(step, steps, stats, seen)
+            right = f"right {curve[-1][data.name]:.1%}" if curve else ""
+            rm.show_progress(step, steps, stats, right)
 
     if rm.is_main_process():
         if revises:
             info |= choose_decoding(model, info, data.validation, passes, haste, doubt)
-        about = {
+        record = {
             **info,
             "seed": seed,
             "steps": steps,
@@ -915,15 +928,29 @@ def train_variant(
             "params": sum(p.numel() for p in model.parameters()),
             "compiled": compile,
             "provenance": rm.provenance(),
+            "curve": curve,
+            "test": {data.name: evaluate_all(model, info, data.test, passes)},
         }
-        rm.save_checkpoint(path.with_suffix(".pt"), model, task="text", **about)
-        scores = {data.name: evaluate_all(model, info, data.test, passes)}
-        record = {**about, "curve": curve, "test": scores}
+        rm.save_checkpoint(path.with_suffix(".pt"), model, task="text", **record)
         rm.write_json(path, record)
         resume.unlink(missing_ok=True)
     if rm.dist.is_initialized():
         rm.dist.barrier()
     return record
+
+
+def curve_point(model: Model, info: dict, data: Data, step: int, stats: dict) -> dict:
+    """The losses, and the share right on validation problems at N/4 passes."""
+    passes = max(1, data.tokenizer.answer_length // 4)
+    return {
+        "step": step,
+        "minutes": stats["seconds"] / 60,
+        "passes": passes,
+        "reveal": float(stats["reveal"]),
+        "remask": float(stats["remask"]),
+        "keep": float(stats["keep"]),
+        data.name: evaluate(model, info, data.validation, passes)["accuracy"],
+    }
 
 
 def choose_decoding(
@@ -939,7 +966,7 @@ def choose_decoding(
             trial = {**info, "haste": [(1, pair[0])], "doubt": [(1, pair[1])]}
             right[pair] = evaluate(model, trial, validation, count)["accuracy"]
         best = max(right, key=right.get)
-        print("at {} passes haste {:g}, doubt {:g}".format(count, *best), flush=True)
+        say("at {} passes haste {:g}, doubt {:g}".format(count, *best))
         chosen["haste"].append((count, best[0]))
         chosen["doubt"].append((count, best[1]))
     return chosen
@@ -1076,15 +1103,6 @@ def check_test(tokenizer: Tokenizer, problems: list[Problem]) -> None:
         say(f"{count} are too long or have what the training data lack: never right")
 
 
-def task_problems(info: dict, task: str, n: int, seed: int = TEST_SEED) -> list[Problem]:
-    """Test problems of a task, if the checkpoint was trained on it."""
-    known = SHARES.get(info["trained_on"], {})
-    if not known.keys() >= SHARES.get(task, {"": 1}).keys():
-        found = f"the checkpoint was trained on {info['trained_on']}"
-        raise InputError(f"{found}: give that --task, or problems with --test")
-    return mixed(task, n, "test", seed)
-
-
 def evaluate_checkpoint(
     model: Model, info: dict, name: str, test: list[Problem], passes: list[int] | None = None
 ) -> dict:
@@ -1136,41 +1154,42 @@ def show_state(now: list[int], before: list[int], tokenizer: Tokenizer, color: b
 
 
 def parse_arguments():
-    options = rm.Options(description="Reflective Masking on text: trains base, SFT and RM, then "
-        "prints the table and draws the curves; or scores a checkpoint; or asks it.")  # fmt: skip
+    options = rm.Options(description="Trains base, SFT and RM, prints their scores and draws them.")
     positive = rm.number(int, 1)
-    add = options.group("what to do (default: train on a task)", "--evaluate", "--evaluate --test")
-    add("--evaluate", action="store_true", help="score --checkpoint on test problems")
-    add = options.group("", "--ask")
+    train = ("--task", "--data")  # modes: training on a task, on own data, ...
+    evaluate = ("--evaluate", "--evaluate --test")
+    generated = ("--task", "--evaluate")
+    own = ("--data", "--evaluate --test")
+    add = options.group("in place of training")
+    add("--evaluate", action="store_true", modes=evaluate, help="score --checkpoint")
     add("--ask", metavar="PROMPT", help="answer one prompt and show every turn")
 
-    add = options.group("generated problems", "--task", "--evaluate")
-    add("--task", choices=SHARES, help="all: the others mixed (default code, the checkpoint's)")
-    add = options.group("generated problems to train on", "--task")
-    add("--pool", type=positive, default=100_000, help="how many (default 100000)")
-
-    add = options.group("own problems", "--data", "--evaluate --test")
+    add = options.group("problems", *own)
+    add("--task", choices=SHARES, modes=generated, help="all mixes the others (default code)")
+    add("--pool", type=positive, default=100_000, modes=("--task",),
+        help="generated to train on (default 100000)")
+    add("--n", type=positive, default=1050, modes=train + evaluate,
+        help="test problems of a task at most (default 1050)")
+    add("--data", type=Path, metavar="TRAIN.jsonl", modes=("--data",), help="own; needs --test")
     add("--test", type=Path, metavar="TEST.jsonl", help="own test problems")
-    add("--prompt-key", default="prompt", help="gsm8k's question, alpaca's instruction")
-    add("--answer-key", default="answer", help="gsm8k's answer, alpaca's output")
-    add("--max-length", type=positive, help="leave out problems with a text of more tokens")
+    add("--prompt-key", default="prompt", metavar="KEY", help="of own: question, instruction, ...")
+    add("--answer-key", default="answer", metavar="KEY", help="of own: output, ...")
+    add("--max-length", type=positive, metavar="TOKENS", help="leave out own with a longer text")
+    add("--words", action="store_true", modes=("--data",), help="tokens are words, not characters")
     add("--grader", default="exact", choices=["exact", "result"],
-        help="result: what follows #### decides (default exact)")
-    add = options.group("own problems to train on", "--data")
-    add("--data", type=Path, metavar="TRAIN.jsonl", help="own training problems; needs --test")
-    add("--words", action="store_true", help="tokens are words between single spaces")
+        help="of own; result: what follows #### decides (default exact)")
 
-    add = options.group("training", "--task", "--data")
+    add = options.group("training", *train)
     add("--law", choices=LAWS, default="ours", help="of RM's training states (default ours)")
     add("--history", action="store_true", help="also train RM + history (Eq. 2)")
-    add("--base-steps", type=positive, default=12_000, help="of the base (default 12000)")
-    add("--steps", type=positive, default=4000, help="of each other variant (default 4000)")
+    add("--base-steps", type=positive, default=3000, help="of the base (default 3000)")
+    add("--steps", type=positive, default=1500, help="of each other variant (default 1500)")
     add("--batch-size", type=positive, default=32, help="sequences a step (default 32)")
     add("--compile", action="store_true", help="torch.compile (on CPU needs a C++ compiler)")
 
-    add = options.group("evaluation", "--task", "--data", "--evaluate", "--evaluate --test")
-    add("--n", type=positive, default=1050, help="test problems a task at most (default 1050)")
     add = options.group("decoding")
+    add("--checkpoint", type=Path, default=HERE / "checkpoints/text_rm.pt",
+        modes=(*evaluate, "--ask"), help="default: the shipped one")
     add("--passes", type=positive, nargs="+",
         help="forward passes at most (default N/16 to 2N, for choice 1; with --ask N)")
     add("--haste", type=rm.number(float, 0.01), nargs="+",
@@ -1178,9 +1197,8 @@ def parse_arguments():
         "training chooses among several (default 1 2), a checkpoint knows its choice")
     add("--doubt", type=rm.number(float, -99, 99), nargs="+",
         help="ours: re-mask where p(MASK) > exp(-doubt) p(token); as --haste (default 0: Eq. 1)")
-    add = options.group("a checkpoint", "--evaluate", "--evaluate --test", "--ask")
-    add("--checkpoint", type=Path, default=HERE / "checkpoints/text_rm.pt", help="default: shipped")
-    options.general("runs/text, with --smoke runs/smoke", "of training (0), of test problems (1)")
+    options.general("runs/text, with --smoke runs/smoke", "of training, of test problems 1;", train,
+        (*train, "--evaluate"))  # fmt: skip
 
     def mode_of(args) -> str:
         if args.ask is not None:
@@ -1190,16 +1208,13 @@ def parse_arguments():
         return "--data" if args.data else "--task"
 
     args = options.parse(mode_of)
-    args.trains = args.mode in ("--task", "--data")
+    args.trains = args.mode in train
     if args.mode == "--data" and not args.test:
         options.error("--data needs --test")
-    unused = set() if args.trains else {"out"}
-    if args.mode in ("--ask", "--evaluate --test"):
-        unused = {"out", "seed"}
-    for name in unused & args.given:
-        options.error(f"--{name} has no effect with {args.mode}")
-    if not args.trains and max(len(args.haste or []), len(args.doubt or [])) > 1:
-        options.error("--haste and --doubt take several values in training alone")
+    for name in ("passes", "haste", "doubt"):
+        one = args.mode == "--ask" or not args.trains and name != "passes"
+        if one and len(getattr(args, name) or []) > 1:
+            options.error(f"--{name} takes one number with {args.mode}")
     return args
 
 
@@ -1207,36 +1222,40 @@ def main() -> None:
     args = parse_arguments()
     device = rm.start_device(args.device)
     reading = (args.prompt_key, args.answer_key, args.max_length, args.grader)
+    validation, size, out = VALIDATION, SIZE, "runs/text"
     if args.smoke:
+        validation, size, out = 7, (32, 1), "runs/smoke"
         small = {"base_steps": 4, "steps": 4, "batch_size": 8, "pool": 200, "n": 14}
         small |= {"passes": [1, 3]} if args.trains else {}
         vars(args).update({name: x for name, x in small.items() if name not in args.given})
 
     if args.trains:
-        some = 7 if args.smoke else VALIDATION
         if args.data:
-            data = own_data(args.data, args.test, args.n, args.words, some, reading)
+            data = own_data(args.data, args.test, args.n, args.words, validation, reading)
         else:
-            data = generated_data(args.task or "code", args.pool, args.n, some, args.seed)
+            data = generated_data(args.task or "code", args.pool, args.n, validation, args.seed)
         result = train_all(
-            data, args.out or HERE / ("runs/smoke" if args.smoke else "runs/text"), device,
-            args.base_steps, args.steps, args.history, (32, 1) if args.smoke else SIZE, args.seed,
-            passes=args.passes, haste=args.haste or [1, 2], doubt=args.doubt or [0], law=args.law,
-            batch_size=args.batch_size, compile=args.compile,
+            data, args.out or HERE / out, device, args.base_steps, args.steps, args.history, size,
+            args.seed, passes=args.passes, haste=args.haste or [1, 2], doubt=args.doubt or [0],
+            law=args.law, batch_size=args.batch_size, compile=args.compile,
         )  # fmt: skip
     else:
         haste, doubt = ((values or [None])[0] for values in (args.haste, args.doubt))
         model, info = load_model(args.checkpoint, device, haste, doubt)
+
     if args.mode == "--ask":
         result = ask(model, info, args.ask, args.passes and args.passes[0])
-    elif args.mode == "--evaluate":
-        seed = args.seed if "seed" in args.given else TEST_SEED
-        task = args.task or info["trained_on"]
-        test = task_problems(info, task, args.n, seed)
-        result = evaluate_checkpoint(model, info, task, test, args.passes) | {"seed": seed}
     elif args.mode == "--evaluate --test":
         test = read_problems(args.test, info["tokenizer"]["words"], *reading)[: args.n]
         result = evaluate_checkpoint(model, info, args.test.stem, test, args.passes)
+    elif args.mode == "--evaluate":
+        trained_on = info["trained_on"]
+        task = args.task or trained_on
+        if trained_on not in SHARES or not SHARES[trained_on].keys() >= SHARES[task].keys():
+            raise InputError(f"the model was trained on {trained_on}: name --task or --test so")
+        seed = args.seed if "seed" in args.given else TEST_SEED
+        test = mixed(task, args.n, "test", seed)
+        result = evaluate_checkpoint(model, info, task, test, args.passes) | {"seed": seed}
     if args.json and rm.is_main_process():
         rm.write_json(args.json, result)
 

@@ -553,7 +553,6 @@ def test_a_handful_of_problems_is_learned_to_the_last(tmp_path, monkeypatch):
     result = text.train_all(data, tmp_path, torch.device("cpu"), **how, haste=[2])
     for variant in ("sft", "rm"):
         assert result["scores"][variant]["few"][0]["accuracy"] == 1, variant
-        assert result["records"][variant]["curve"][-1]["few"] >= 0.75
 
 
 # --- the commands
@@ -795,7 +794,7 @@ CONTRADICTIONS = [
     "--evaluate --history", "--evaluate --ask 1", "--evaluate --out x", "--steps 0", "--passes 0",
     "--checkpoint x.pt", "--task poetry", "--data x --test y --pool 3", "--words", "--haste nan",
     "--evaluate --haste 1 2", "--evaluate --task code --test x", "--ask 1 --seed 3", "--law mine",
-    "--evaluate --max-length 3", "--data x --test y --task code", "--smoke --batch-size 0",
+    "--evaluate --max-length 3", "--ask 1 --passes 2 3", "--data x --test y --task code", "--smoke --batch-size 0",
 ]  # fmt: skip
 
 
