@@ -667,9 +667,10 @@ def decide_from_hidden(
                 rows = masked.nonzero().squeeze(1)  # waits for the device
             else:  # the masked rows first: a size known without asking the device
                 rows = (~masked).to(torch.uint8).argsort(stable=True)[:max_masked]
-            if len(rows) <= FUSED_ROWS:
+            few = len(rows) <= FUSED_ROWS and width % 16 == 0  # odd widths: narrow loads, spills
+            if few:
                 _reveal_fused(hidden, head, bias, rows, tokens, editable, mask_id, decision)
-            for block in rows.split(size) if len(rows) > FUSED_ROWS else ():
+            for block in () if few else rows.split(size):
                 logits = F.linear(hidden[block], head, bias)  # rounded as a model's own logits
                 _decide_rows(logits, block, tokens, editable, mask_id, decision, visible=False)
     return tuple(x.view(shape) for x in decision)

@@ -9,7 +9,7 @@ writes a row (--json) a compilation: registers, spilled bytes, shared memory, ma
 and, without --brief, the instructions of the hot loop and its loads from global memory.
 
 Exit code 1 if a kernel does not compile, needs more shared memory than the chip has, multiplies 16
-bits off the tensor cores or float32 in tf32, spills (at even D), or, at shape llada, reads
+bits off the tensor cores or float32 in tf32, spills, or, at shape llada, reads
 contiguous rows by less than 16 bytes.  What a compiler cannot tell: how long anything takes.
 """
 
@@ -47,6 +47,7 @@ SHAPES = {  # N, V, D, MASK, dtypes
     "odd": (7, 3000, 123, 1, (BF16,)),
 }
 BRIEF = "llada,sudoku,one,odd"
+SCANS = "_decide_kernel", "_nll_kernel"  # whose hot loop is looked at in any case
 SHARED = {"sm_80": 166_912, "gfx942": 65_536}  # bytes a program may have; else 232,448
 
 
@@ -99,8 +100,9 @@ def facts(compiled, log, brief):
         numbers = {k: int(re.search(rf"\.{k}: +(\d+)", code)[1]) for k in
                    ("vgpr_count", "vgpr_spill_count")}  # fmt: skip
         row |= {"registers": numbers["vgpr_count"], "spilled": 4 * numbers["vgpr_spill_count"]}
-        wide = "global_load_dwordx4" in code or "buffer_load_dwordx4" in code
-        return row | {"matrix": "mfma" if "v_mfma" in code else "", "wide_loads": wide}
+        # Its warps have 64 threads: 8 warps share half a row of 4,096 in pieces of 8 bytes.
+        wide = re.search("(global|buffer)_load_dwordx[24]", code)
+        return row | {"matrix": "mfma" if "v_mfma" in code else "", "wide_loads": bool(wide)}
     ptx = asm["ptx"]
     row["registers"] = int(re.search(r"Used (\d+) registers", log)[1])
     row["spilled"] = sum(int(x) for x in re.findall(r"(\d+) bytes spill", log))
@@ -131,7 +133,7 @@ def hot_loop(cubin):
     return {"instructions": len(body), "load_bits": summary, "looped": bool(loops)}
 
 
-def faults(row, chip, x, width):
+def faults(row, chip, x):
     """The reasons to fail, as words."""
     reads_rows = row["kernel"] not in ("_merge_kernel", "_parts_kernel") and x.stride(-1) == 1
     reads_rows &= x.is_floating_point() or "history" in row["kernel"]
@@ -139,7 +141,7 @@ def faults(row, chip, x, width):
         "too much shared memory": row["shared"] > SHARED.get(chip, 232_448),
         "float32 in tf32": "tf32" in row["matrix"],
         "no tensor core": "head" in row["kernel"] and x.dtype != F32 and not row["matrix"],
-        "spills": row["spilled"] > 0 and width % 2 == 0,
+        "spills": row["spilled"] > 0,
         "narrow loads": row["shape"] == "llada" and reads_rows and not row["wide_loads"],
     }
     return [word for word, is_true in words.items() if is_true]
@@ -181,8 +183,9 @@ class Compiler:
                 if compiled in self.seen:  # Triton's own cache: this specialisation was here
                     continue
                 self.seen.append(compiled)
-                row |= facts(compiled, log.getvalue(), self.brief)
-                row["faults"] = faults(row, chip, args[0], SHAPES[row["shape"]][2])
+                brief = self.brief and kernel.__name__ not in SCANS
+                row |= facts(compiled, log.getvalue(), brief)
+                row["faults"] = faults(row, chip, args[0])
             except Exception as error:  # the table goes on
                 text = " ".join(str(error).split())
                 row["faults"] = [f"{type(error).__name__}: {text[:600]}"]

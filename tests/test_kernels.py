@@ -139,9 +139,9 @@ def take_path(monkeypatch, path, count=7):
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("vocabulary, width", [(2, 128), (10, 128), (127, 123), (2049, 16)])
+@pytest.mark.parametrize("vocabulary, width", [(2, 128), (10, 80), (127, 123), (2049, 16)])
 def test_decide_from_hidden(monkeypatch, path, vocabulary, width):
-    if path.endswith("promised") and vocabulary != 127:
+    if path.endswith("promised") and vocabulary != 10:
         return  # the rows alone are found another way
     keywords = take_path(monkeypatch, path)
     # Small integers: every logit is exact in float32, so decisions are too, and ties everywhere.

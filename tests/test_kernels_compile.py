@@ -1,7 +1,7 @@
 """Every kernel compiles for GPUs that are not here, as its public function launches it.
 
 Fails on a compile error, too much shared memory, a 16-bit product off the tensor cores, a float32
-product in tf32, a spill at even D, rows read by less than 16 bytes at the LLaDA shape; and on a
+product in tf32, a spill, rows read by less than 16 bytes at the LLaDA shape; and on a
 scan that has grown beyond what its comment argues with.  See aot.py.
 """
 
@@ -35,6 +35,15 @@ def finish(process, out):
     return json.loads(out.read_text())["rows"]
 
 
+def check_scans(rows):
+    """The scan's loop is as its comment says."""
+    rows = [row for row in rows if row["constexprs"].get("GROUP") == 8]  # bf16, 16-byte loads
+    assert {row["kernel"] for row in rows} == {*LIMITS}
+    for row in rows:
+        assert row["instructions"] <= LIMITS[row["kernel"]] and row["registers"] <= 64, row
+        assert row["load_bits"] == "2x128", row
+
+
 def test_every_kernel_compiles_for_real_gpus(tmp_path):
     names = [name for name in dir(kernels) if name.endswith("_kernel")]
     targets = "sm_80", "sm_90", "sm_100"
@@ -43,14 +52,5 @@ def test_every_kernel_compiles_for_real_gpus(tmp_path):
     for run, out in zip(runs, outs):
         rows = finish(run, out)
         assert {row["kernel"] for row in rows} == {*names}, out.name
-
-
-@pytest.mark.parametrize("kernel, limit", LIMITS.items())
-def test_the_scan_is_as_short_as_its_comment_says(tmp_path, kernel, limit):
-    out = tmp_path / "rows"
-    rows = finish(start(out, "--targets", "sm_90", "--shapes", "llada", "--only", kernel), out)
-    scans = [r for r in rows if r["dtype"] == "bfloat16" and r["constexprs"]["GROUP"] == 8]
-    assert scans
-    for row in scans:
-        assert row["instructions"] <= limit and row["registers"] <= 64, row
-        assert row["load_bits"] == "2x128", row
+        if out.name == "sm_90":
+            check_scans(rows)
