@@ -382,7 +382,8 @@ def scripted(script, vocabulary=4):
 
     def denoiser(embedded):
         wanted = [script[tuple(row)] for row in embedded.argmax(-1).tolist()]
-        return F.one_hot(torch.tensor(wanted), vocabulary).double()
+        wanted = torch.tensor(wanted, dtype=torch.long).view(embedded.shape[:2])
+        return F.one_hot(wanted, vocabulary).double()
 
     return denoiser
 
@@ -405,24 +406,6 @@ CASES = [  # without history the first return ends a cycle, with it the third
 def test_scripted_revision_ends_as_documented(script, start, gamma, status, turns, result):
     got = rm.revise(scripted(script), torch.tensor([start]), M, one_hot_history(4, gamma))
     assert (got.status, got.turns, got.tokens.tolist()) == ([status], [turns], [list(result)])
-
-
-@pytest.mark.parametrize("gamma", [0.0, 0.4])
-@pytest.mark.parametrize("max_turns", [1, 6, 7])
-def test_revision_that_never_settles_runs_out_of_turns_without_mask(gamma, max_turns):
-    turn = 0
-
-    def restless(embedded):  # masks one position and reveals a new token at the other, in turns
-        nonlocal turn
-        turn += 1
-        return F.one_hot(torch.tensor([[[M, turn], [turn, M]][turn % 2]]), 9).double()
-
-    start = torch.tensor([[M, 8]])
-    got = rm.revise(restless, start, M, one_hot_history(9, gamma), max_turns, trace=True)
-    assert got.status == [OUT_OF_TURNS] and got.turns == [max_turns] == [turn]
-    kept = 8 if max_turns == 1 else max_turns - 1  # what the last turn may not re-mask any more
-    assert sorted(got.tokens[0].tolist()) == sorted([max_turns, kept])
-    assert got.trace.shape == (max_turns + 1, 1, 2) and got.trace[1:-1].eq(M).sum(-1).eq(1).all()
 
 
 def revise_by_loop(denoiser, start, editable, gamma, max_turns, patience, reveal):
@@ -533,8 +516,7 @@ def test_a_rule_that_returns_its_argument_does_not_change_the_caller_s_tokens():
 
 @needs_triton
 @pytest.mark.filterwarnings("ignore:.*encountered in")
-@pytest.mark.parametrize("with_bias, reveal", [(False, 3), (True, None)])
-def test_revision_of_sudoku_boards_is_the_same_with_torch_triton_and_head(with_bias, reveal):
+def test_revision_of_sudoku_boards_is_the_same_with_torch_triton_and_head():
     model, info = rm.load_checkpoint(ROOT / "checkpoints/sudoku_full.pt", "sudoku", DEVICE)
     cell = torch.arange(81)  # two boards of a hand-made pattern, 20 cells wrong, 2 blank
     shift = torch.arange(2).unsqueeze(1)
@@ -543,11 +525,11 @@ def test_revision_of_sudoku_boards_is_the_same_with_torch_triton_and_head(with_b
     wrong = rm.uniform_wrong(clean, torch.arange(1, 10), 1, seeded(2))[0]
     start = torch.where(order < 20, wrong, clean).masked_fill(order > 78, M).to(DEVICE)
     head, model.head = model.head.weight, torch.nn.Identity()
-    bias = torch.randn(10, generator=seeded(3)).to(DEVICE) if with_bias else None
+    bias = torch.randn(10, generator=seeded(3)).to(DEVICE)
     results = []
     for impl in ("torch", "triton"):
         history = HistoryReference(model.embedding, info["gamma"], info["rotate"], impl=impl)
-        options = dict(max_turns=4, reveal=reveal, trace=True, impl=impl)
+        options = dict(max_turns=4, reveal=3, trace=True, impl=impl)
         network = lambda embedded: F.linear(model(embedded), head, bias)
         results.append(rm.revise(network, start, M, history, **options))
         results.append(rm.revise(model, start, M, history, head=head, bias=bias, **options))
@@ -652,6 +634,34 @@ def test_train_overfits_a_handful_of_sequences_and_revision_repairs_them():
     start = torch.where(order == 0, wrong, clean).masked_fill(order == 1, M)
     got = rm.revise(model, start, M, HistoryReference(model.embedding))
     assert (got.tokens == clean).all(-1).sum() >= 72
+
+
+def test_muon_in_float32_does_what_torch_s_does_and_they_take_over_from_each_other():
+    begin = [torch.randn(shape, generator=seeded(1)) for shape in ((16, 48), (64, 16))]
+    ours, theirs = rm.Float32Muon, torch.optim.Muon
+
+    def run(*kinds):
+        weights, state, generator = [weight.clone() for weight in begin], None, seeded(2)
+        for kind in kinds:
+            optimizer = kind(weights, 0.02, weight_decay=0.5)
+            if state:
+                optimizer.load_state_dict(state)
+            for weight in weights:
+                weight.grad = torch.randn(weight.shape, generator=generator)
+            optimizer.step()
+            state = optimizer.state_dict()
+        return weights
+
+    expected = run(theirs, theirs, theirs, theirs)
+    for kinds in ([ours] * 4, [theirs, theirs, ours, ours], [ours, ours, theirs, theirs]):
+        for weight, other, start in zip(run(*kinds), expected, begin):
+            assert (weight - other).norm() < 0.01 * (other - start).norm()  # bf16's rounding
+    for x in begin:  # the singular vectors stay, the singular values come near 1
+        u, _, v = torch.linalg.svd(x, full_matrices=False)
+        turned = u.T @ rm.orthogonal(x) @ v.T
+        values = turned.diagonal()
+        assert (turned - values.diag()).abs().max() < 1e-4
+        assert 0.6 < values.min() <= values.max() < 1.3
 
 
 @pytest.mark.parametrize("own_states", [0.0, 0.5])
@@ -983,10 +993,15 @@ def test_an_output_that_cannot_be_written_is_found_first(
 
 
 def test_an_output_that_can_be_written_is_not_made_by_looking(monkeypatch, tmp_path):
-    os.mkfifo(tmp_path / "fifo")
-    for option, path in (("--json", "new/run.json"), ("--out", "new/folder"), ("--json", "fifo")):
-        parse(monkeypatch, option, tmp_path / path)
-    assert list(tmp_path.iterdir()) == [tmp_path / "fifo"]
+    fifo, folder = tmp_path / "fifo", tmp_path / "v1.5"  # a folder that looks like a file
+    os.mkfifo(fifo)
+    folder.mkdir()
+    new = tmp_path / "new"
+    for option, path in (("--json", new / "run.json"), ("--json", fifo)):
+        assert parse(monkeypatch, option, path).json == path
+    for path in (new / "folder", folder, tmp_path):
+        assert parse(monkeypatch, "--out", path).out == path
+    assert sorted(tmp_path.iterdir()) == [fifo, folder]
 
 
 def test_wilson_interval_by_hand():
@@ -1014,34 +1029,23 @@ def revise_one(tokens, **more):
 BAD = {
     "positions": lambda: network(positions="rotary"),
     "width, 3 heads": lambda: network(heads=3),
-    "width, no pairs to rotate": lambda: network(heads=16),
     "coordinates": lambda: network(coordinates=[[0], [1]]),
-    "input, length": lambda: network()(torch.zeros(1, 4, 16)),
     "input, width": lambda: network()(torch.zeros(1, 3, 12)),
     "tokens, length": lambda: rm.decide(torch.zeros(2, 4, 5), ONES, M),
-    "tokens, axes": lambda: rm.decide(torch.zeros(2, 5), ONES, M),
     "mask_id, 5": lambda: rm.decide(ZEROS, ONES, 5),
-    "mask_id, -1": lambda: rm.decide(ZEROS, ONES, -1),
     "editable": lambda: rm.decide(ZEROS, ONES, M, editable=torch.ones(2, 4).bool()),
     "reveal": lambda: rm.decide(ZEROS, ONES, M, reveal=torch.tensor([1, 1, 1])),
     "head, width": lambda: rm.decide(ZEROS, ONES, M, head=torch.zeros(7, 4)),
     "bias": lambda: rm.decide(ZEROS, ONES, M, head=torch.zeros(7, 5), bias=torch.zeros(5)),
-    "bias, loss": lambda: rm.revision_loss(
-        ZEROS, ONES, ONES, head=torch.zeros(7, 5), bias=torch.zeros(5)
-    ),
     "role": lambda: rm.revision_loss(ZEROS, ONES, ONES[0]),
-    "role, length": lambda: rm.revision_loss(torch.zeros(2, 4, 5), ONES, ONES),
     "target": lambda: rm.revision_loss(ZEROS, ONES + 4, ONES),
     "T must": lambda: rm.sample_trajectory(ONES, FREE, ONES + 1, M, T=1),
     "second_guess": lambda: rm.sample_trajectory(ONES, FREE, ONES + 1, M, second_guess=0.5),
     "wrong": lambda: rm.sample_trajectory(ONES, FREE, ONES[:, :2], M),
-    "editable, row": lambda: rm.sample_trajectory(ONES, FREE[0], ONES + 1, M),
     "choices, one": lambda: rm.uniform_wrong(ONES, torch.tensor([1])),
     "choices, twice": lambda: rm.uniform_wrong(ONES, torch.tensor([1, 2, 2, 1])),
     "logits, V = 2": lambda: rm.topk_wrong(torch.zeros(2, 3, 2), ONES, M),
-    "logits, -inf": lambda: rm.topk_wrong(
-        ZEROS.index_fill(-1, torch.tensor([2, 3, 4]), -INF), ONES, M
-    ),
+    "logits, -inf": lambda: rm.topk_wrong(torch.tensor([0.0, 0, -INF]).expand(2, 3, 3), ONES, M),
     "max_turns": lambda: revise_one([1, 2], max_turns=0),
     "editable, MASK": lambda: revise_one([1, M], editable=torch.tensor([True, False])),
     "head": lambda: revise_one([1, 2], rule=lambda *_, **__: None, head=torch.eye(4)),
