@@ -430,9 +430,8 @@ def train_variant(
             shares = {key: now[key] for key in ("exact", "valid", "n")}
             curve.append({"step": step, "minutes": stats["seconds"] / 60, **losses, **shares})
         if scored or step % max(1, every // 10) == 0:
-            last = curve[-1:]
-            text = "".join(f"exact {p['exact']:.1%} valid {p['valid']:.1%}" for p in last)
-            rm.show_progress(step, steps, stats, text)
+            last = [f"{key} {curve[-1][key]:.1%}" for key in ("exact", "valid") if curve]
+            rm.show_progress(step, steps, stats, " ".join(last))
     if not main:
         return {}
 
@@ -465,7 +464,7 @@ def train_table(
 ) -> dict:
     """Trains what is not done of the runs, (variant, seed) each, and prints their table.
 
-    Of several also the paired tests of the first one; of a single one its pictures.
+    Of several also the paired tests of the full variant; of a single one its pictures.
     """
     table = {}
     for variant, seed in runs:
@@ -476,28 +475,33 @@ def train_table(
         table |= {label: {**score, **about} for label, score in record["test"].items()}
     if not table:
         return {}
+
     print_table(table)
     result = {"table": table, "paper": PAPER}
-
-    if len(runs) == 1:
-        draw_lines(out / f"{variant}_curve.png", record["curve"], "minutes", "minutes of training")
-        if variant not in MAKE_RULE:
-            model, _ = rm.load_checkpoint(out / f"{variant}_seed{seed}.pt", "sudoku", device)
-            board = corrupt(random_boards(1, TEST_SEED), 20, 20, TEST_SEED)[0]
-            how = {"max_turns": settings.max_turns, "gif": out / f"{variant}_revision.gif"}
-            show_revision(model, record["gamma"], record["rotate"], board, **how)
-        rm.write_json(out / f"{variant}_table.json", result)
+    if len(runs) > 1:
+        result["ours_against"] = compare(table, f"ours, full, seed {runs[0][1]}")
+        rm.write_json(out / "table.json", result)
         return result
-    ours = f"ours, {runs[0][0]}, seed {runs[0][1]}"
+    draw_lines(out / f"{variant}_curve.png", record["curve"], "minutes", "minutes of training")
+    if variant not in MAKE_RULE:
+        model, _ = rm.load_checkpoint(out / f"{variant}_seed{seed}.pt", "sudoku", device)
+        board = corrupt(random_boards(1, TEST_SEED), 20, 20, TEST_SEED)[0]
+        how = {"max_turns": settings.max_turns, "gif": out / f"{variant}_revision.gif"}
+        show_revision(model, record["gamma"], record["rotate"], board, **how)
+    rm.write_json(out / f"{variant}_table.json", result)
+    return result
+
+
+def compare(table: dict[str, dict], ours: str) -> dict:
+    """The paired test of each row against ours, printed."""
     right = {label: score["right"] for label, score in table.items()}
-    tests = {label: paired_test(right[ours], right[label]) for label in table if label != ours}
+    tests = {label: paired_test(right[ours], right[label]) for label in right if label != ours}
     print(f"\nexact of '{ours}' on the same boards, against")
     for label, test in tests.items():
         low, high = test["ci95"]
-        print(f"{label:48}{test['difference']:+8.1%} ({low:+.1%} to {high:+.1%}), p = {test['p']:.2g}")
-    result["ours_against"] = tests
-    rm.write_json(out / "table.json", result)
-    return result
+        interval = f"({low:+.1%} to {high:+.1%})"
+        print(f"{label:48}{test['difference']:+8.1%} {interval}, p = {test['p']:.2g}")
+    return tests
 
 
 def print_table(rows: dict[str, dict]) -> None:
@@ -676,7 +680,7 @@ def animate(path: Path, trace: Tensor, clues: Tensor) -> None:
         now, before = trace[turn].unsqueeze(-1), trace[max(turn - 1, 0)].unsqueeze(-1)
         color = torch.where(now == MASK, amber, torch.where(now == before, white, green))
         axis.clear()
-        axis.imshow(color.view(9, 9, 3))
+        axis.imshow(color.view(9, 9, 3).numpy())
         axis.set(title=f"turn {turn}", xticks=[], yticks=[])
         for cell, broken in enumerate(conflicts(trace[turn]).tolist()):
             ink = "#c62828" if broken else "black"
@@ -737,7 +741,8 @@ def parse_board(text: str, where: str = "the board", puzzle: bool = False) -> Te
     cells = "".join(text.split())
     for place, cell in enumerate(cells, 1):
         if cell not in "123456789" + BLANKS:
-            raise InputError(f"{where}: {cell!r}, character {place}, is no digit or blank ({BLANKS})")
+            wanted = f"a digit or a blank ({BLANKS})"
+            raise InputError(f"{where}: {cell!r}, character {place}, is not {wanted}")
     if len(cells) != 81:
         raise InputError(f"{where} must be 81 digits, got {len(cells)}")
     board = torch.tensor([MASK if cell in BLANKS else int(cell) for cell in cells])
@@ -765,7 +770,7 @@ def read_grids(path: Path) -> Iterator[tuple[str, list[str]]]:
             rows.append(cells)
             boards = ["".join(rows)]
         elif rows or len(boards) not in (1, 2):
-            raise InputError(f"{path} line {number} must be 81 digits, or one of nine lines of nine")
+            raise InputError(f"{path} line {number} must be 81 digits or one of nine lines of nine")
         if len(rows) in (0, 9):
             yield f"{path} line {number}", boards
             rows = []
@@ -849,12 +854,13 @@ def parse_options():
         options.error(f"--{name.replace('_', '-')} has no effect there")
     if args.corrupt[0] > args.corrupt[1]:
         options.error(f"--corrupt: {args.corrupt[0]} is more than {args.corrupt[1]}")
-    if args.gif and args.gif.suffix != ".gif":
-        options.error("--gif must end in .gif")
+    if args.gif:
+        rm.check_writable(args.gif)
+        if args.gif.suffix != ".gif":
+            options.error("--gif must end in .gif")
     args.out = args.out or Path("runs", "smoke" if args.smoke else "sudoku")
-    for path in (args.gif, args.out / "file" if args.mode in ("train", "study") else None):
-        if path:
-            rm.check_writable(path)
+    if args.mode in ("train", "study"):
+        rm.check_writable(args.out / "file")
     tiny = {"steps": 4, "n": 8, "max_turns": 4} if args.smoke else {}
     for name in tiny.keys() - args.given:
         setattr(args, name, tiny[name])
@@ -891,6 +897,8 @@ def run_training(args, device: torch.device) -> dict:
 def use_checkpoint(args, device: torch.device) -> dict:
     needs = ("gamma", "rotate", "variant")
     model, info = rm.load_checkpoint(args.checkpoint, "sudoku", device, needs)
+    if (model.config.vocabulary, model.config.length) != (10, 81):
+        raise InputError(f"{args.checkpoint} is of boards that are not 9x9")
     make_rule = MAKE_RULE.get(info["variant"])
     if make_rule and (args.mode != "evaluate" or args.reveal):
         raise InputError(f"{args.checkpoint} has no Eq. 1: --evaluate it, without --reveal")
@@ -911,9 +919,10 @@ def use_checkpoint(args, device: torch.device) -> dict:
         turns = f"{score['mean_turns']:.1f} turns"
         print(f"solved {score['solved']:.1%} of {score['n']} puzzles in {turns}")
     else:
-        clean = random_boards(args.n, TEST_SEED + args.seed)
         if args.boards:
             _, clean = read_boards(args.boards, args.n, solved=True)
+        else:
+            clean = random_boards(args.n, TEST_SEED + args.seed)
         start = corrupt(clean, *args.corrupt, TEST_SEED + args.seed)
         if args.study:
             return run_studies(args.study, trained, clean, start, args.max_turns, args.out)
