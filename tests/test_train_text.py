@@ -501,7 +501,7 @@ def test_doubt_moves_the_threshold_of_remasking_alone(monkeypatch):
                 masks = p[text.MASK] > math.exp(-doubt) * p[rows[i, j]]
                 assert after[i, j] == (text.MASK if masks else rows[i, j])
                 remasked[doubt] += int(masks)
-        assert (after[:, -1] == probability[:, -1, 1:].argmax(-1) + 1).all()  # the reveal is Eq. 1's
+        assert (after[:, -1] == probability[:, -1, 1:].argmax(-1) + 1).all()  # as Eq. 1 reveals
     assert 0 < remasked[-1.5] < remasked[0.0] < remasked[1.5]
 
 
@@ -633,7 +633,7 @@ def test_a_killed_run_goes_on_where_it_stopped(when, tmp_path, monkeypatch, caps
     with pytest.raises(KeyboardInterrupt):
         in_process(monkeypatch, capsys, *common, "--out", tmp_path / "killed")
     assert list((tmp_path / "killed").glob("*.resume.pt"))
-    with pytest.raises(text.InputError, match="resume.pt was made with"):  # by another palette
+    with pytest.raises(text.InputError, match="resume.pt was made with"):  # other test problems
         in_process(monkeypatch, capsys, *common, "--n", 7, "--out", rest(tmp_path))
     monkeypatch.setattr(text, name, working)
     in_process(monkeypatch, capsys, *common, "--out", tmp_path / "killed")
@@ -646,7 +646,7 @@ def test_a_killed_run_goes_on_where_it_stopped(when, tmp_path, monkeypatch, caps
 
 
 def rest(tmp_path):
-    """A copy of the killed run without the records that are done, as if the base were another's."""
+    """A copy of the killed run whose unfinished state stands where the base's would."""
     shutil.copytree(tmp_path / "killed", tmp_path / "other")
     (tmp_path / "other/choice_base_seed0.json").unlink()
     (tmp_path / "other/choice_sft_seed0.resume.pt").rename(
@@ -728,7 +728,7 @@ def test_lines_as_people_have_them(tmp_path, capsys):
 def test_one_long_answer_is_named_and_can_be_left_out(tmp_path, capsys):
     lines = [{"prompt": f"p{i}", "answer": "a" * (500 if i == 3 else 5)} for i in range(9)]
     train = write(tmp_path / "a.jsonl", *lines)
-    test = write(tmp_path / "b.jsonl", {"prompt": "q", "answer": "a"}, {"prompt": "p", "answer": "a"})
+    test = write(tmp_path / "b.jsonl", {"prompt": "q", "answer": "a"})
     with pytest.raises(text.InputError, match="b.jsonl line 1 has the character 'q'"):
         text.check_test(text.own_data(train, test, 9).tokenizer, text.read_problems(test))
     data = text.own_data(train, test, 9)
@@ -750,10 +750,10 @@ BAD = {
     "no answer": (["--data", "{tmp}/keys.jsonl", "--test", "{tmp}/good.jsonl"], "'answer'"),
     "blank": (["--data", "{tmp}/blank.jsonl", "--test", "{tmp}/good.jsonl"], "neither empty"),
     "numbers": (["--data", "{tmp}/numbers.jsonl", "--test", "{tmp}/good.jsonl"], "line 1 must be"),
-    "half a character": (["--data", "{tmp}/half.jsonl", "--test", "{tmp}/good.jsonl"], "line 1 must"),
+    "half a letter": (["--data", "{tmp}/half.jsonl", "--test", "{tmp}/good.jsonl"], "line 1 must"),
     "missing": (["--data", "nowhere.jsonl", "--test", "{tmp}/good.jsonl"], "nowhere.jsonl"),
     "all tested": (["--data", "{tmp}/good.jsonl", "--test", "{tmp}/good.jsonl"], "every training"),
-    "unknown": (["--data", "{tmp}/good.jsonl", "--test", "{tmp}/other.jsonl"], "other.jsonl line 1"),
+    "unknown": (["--data", "{tmp}/good.jsonl", "--test", "{tmp}/other.jsonl"], "other.jsonl line"),
     "no such device": (["--device", "cuda:9"], "cuda:9"),
     "no checkpoint": (["--ask", "1+1", "--checkpoint", "nowhere.pt"], "nowhere.pt"),
     "another task's": (["--ask", "1+1", "--checkpoint", "{tmp}/sudoku.pt"], "task 'sudoku'"),
@@ -762,7 +762,7 @@ BAD = {
     "too long": (["--ask", "1" * 99, "--checkpoint", "{smoke}/all_rm_seed0.pt"], "99 tokens"),
     "not trained on": (["--evaluate", "--task", "math"], "was trained on code"),
     "a corrupt record": (["--smoke", "--out", "{tmp}"], "code_base_seed0.json is no record"),
-    "a corrupt state": (["--smoke", "--task", "choice", "--out", "{tmp}"], "choice_base_seed0.resume"),
+    "a corrupt state": (["--smoke", "--task", "choice", "--out", "{tmp}"], "resume.pt cannot"),
 }
 
 
@@ -794,7 +794,8 @@ CONTRADICTIONS = [
     "--evaluate --history", "--evaluate --ask 1", "--evaluate --out x", "--steps 0", "--passes 0",
     "--checkpoint x.pt", "--task poetry", "--data x --test y --pool 3", "--words", "--haste nan",
     "--evaluate --haste 1 2", "--evaluate --task code --test x", "--ask 1 --seed 3", "--law mine",
-    "--evaluate --max-length 3", "--ask 1 --passes 2 3", "--data x --test y --task code", "--smoke --batch-size 0",
+    "--evaluate --max-length 3", "--ask 1 --passes 2 3", "--data x --test y --task code",
+    "--smoke --batch-size 0",
 ]  # fmt: skip
 
 
