@@ -353,7 +353,7 @@ def revise(
             elif visits[row][state.tobytes()] > patience:
                 status[row] = CYCLE
         going = [turn < max_turns and status[row] == OUT_OF_TURNS for row in running.tolist()]
-        going = torch.tensor(going, device=tokens.device)
+        going = torch.tensor(going, dtype=torch.bool, device=tokens.device)
         last = ~going & (following == mask_id).any(-1)  # these would end with a MASK
         if last.any():
             following = following.clone()

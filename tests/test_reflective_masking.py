@@ -495,6 +495,11 @@ def test_a_denoiser_whose_batch_is_not_the_running_one_is_an_error():
         rm.revise(lambda e: denoiser(e[:1], mask), tokens, M, one_hot_history(6, 0.4), 10)
 
 
+def test_an_empty_batch_is_revised_in_no_turns():
+    got = rm.revise(scripted({}), torch.zeros(0, 2).long(), M, one_hot_history(4, 0.4))
+    assert got.tokens.shape == (0, 2) and got.turns == got.status == []
+
+
 @pytest.mark.parametrize("head", [None, torch.eye(4, dtype=torch.float64)], ids=["logits", "head"])
 def test_revise_raises_where_the_network_returns_nan(head):
     factor = iter([1.0, NAN])
