@@ -15,7 +15,7 @@ then "no image", "no word" and the words.
 
 What differs from the paper: pixels of a palette in place of a VQ codebook; most of RM's
 trajectories re-mask the whole edit at once (revision_states); instruction and source, which never
-change, have no history (PromptHistory).
+change, have no history (edit).
 """
 
 import argparse
@@ -26,7 +26,7 @@ import time
 from collections import namedtuple
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
-from itertools import product
+from itertools import count, islice, product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -132,7 +132,6 @@ UNSEEN = {  # kept for test, of words that training knows; each third was chosen
     "please carry {it} to the {place}",
     "replace": "instead of {it} put {new}; change {it} for {new}; draw {new} for {it}",
 }
-VERBS = ("recolour", "add", "remove", "move", "replace")
 
 
 def phrasings(patterns: str) -> list[str]:
@@ -166,8 +165,8 @@ def stamp(thing: Thing) -> tuple[np.ndarray, np.ndarray]:
     """The pixels that a thing covers, int [k] in 0..255, and their palette indices, int16 [k]."""
     rows = SPRITES[thing.kind][thing.size == "small"].split("/")
     shade = 2 * (len(SKIES) + len(GROUNDS) + COLOURS.index(thing.colour))
-    key = {"A": shade, "a": shade + 1}
-    key |= {letter: len(PALETTE) - len(FIXED) + i for i, letter in enumerate(FIXED)}
+    last = range(len(PALETTE) - len(FIXED), len(PALETTE))
+    key = dict(zip("Aa" + FIXED, (shade, shade + 1, *last)))
     top = BOTTOM[thing.depth] - len(rows) + 1
     left = CENTRE[thing.column] - len(rows[0]) // 2
     cells = [(y, x, c) for y, row in enumerate(rows) for x, c in enumerate(row) if c != "."]
@@ -189,9 +188,8 @@ def render(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
 
 def all_show(scene: Scene) -> bool:
     owner = render(scene)[1]
-    seen = np.bincount(owner + 1, minlength=len(scene.things) + 1)[1:]
-    sizes = [len(stamp(thing)[0]) for thing in scene.things]
-    return all(count >= VISIBLE * size for count, size in zip(seen, sizes))
+    shown = [(owner == i).sum() / len(stamp(t)[0]) for i, t in enumerate(scene.things)]
+    return min(shown) >= VISIBLE
 
 
 def is_held_out(thing: Thing) -> bool:
@@ -229,53 +227,48 @@ def random_edit(rng: random.Random, test: bool = False) -> Edit | None:
     """
     places = PLACES.copy()
     rng.shuffle(places)
-    count = rng.randint(2, 4)
-    verb = rng.choice(VERBS)
-    things = tuple(random_thing(rng, *place) for place in places[:count])
+    number = rng.randint(2, 4)
+    verb = rng.choice(list(SEEN))
+    things = tuple(random_thing(rng, *place) for place in places[:number])
     source = Scene(rng.choice(SKIES), rng.choice(GROUNDS), things)
 
-    old = None if verb == "add" else things[0]
-    new = None
+    old, new, kept = things[0], None, things[1:]
     if verb == "add":
-        new = random_thing(rng, *places[count])
+        old, new, kept = None, random_thing(rng, *places[number]), things
     elif verb == "recolour":
         new = old._replace(colour=rng.choice([c for c in COLOURS if c != old.colour]))
     elif verb == "replace":
         new = random_thing(rng, old.depth, old.column)
     elif verb == "move":
-        empty = [p for p in places[count:] if (p[0] == "top") == (old.depth == "top")]
+        empty = [p for p in places[number:] if (p[0] == "top") == (old.depth == "top")]
         if not empty:
             return None
         new = old._replace(depth=empty[0][0], column=empty[0][1])
-    kept = things if old is None else things[1:]
     target = source._replace(things=kept + ((new,) if new else ()))
 
     focus = new or old
-    others = [thing for thing in source.things + target.things if thing != focus]
+    others = {*source.things, *target.things} - {focus}
     if verb == "replace" and new.kind == old.kind or is_held_out(focus) != test:
         return None
-    if any(map(is_held_out, others)) or not all(map(all_show, (source, target))):
+    if any(map(is_held_out, others)) or not (all_show(source) and all_show(target)):
         return None
+
     unseen = test and rng.random() < 0.5
     pattern = rng.choice(PHRASES[verb][unseen])
     text = pattern.format(
         it=rng.choice(references(old, source)) if old else "",
-        new=f"a {new.size} {new.colour} {new.kind}" if new else "",
-        colour=new.colour if new else "",
-        place=" ".join(new[3:]) if new else "",
+        new=f"a {focus.size} {focus.colour} {focus.kind}",
+        colour=focus.colour,
+        place=" ".join(focus[3:]),
     )
     return Edit(verb, text, source, target, unseen)
 
 
-def random_edits(count: int, seed: int, test: bool = False) -> list[Edit]:
-    """count edits, the same for the same seed; about 0.2 ms each, for test 4 ms."""
+def random_edits(number: int, seed: int, test: bool = False) -> list[Edit]:
+    """So many edits, the same for the same seed; about 0.2 ms each, for test 4 ms."""
     rng = random.Random(seed)
-    edits = []
-    while len(edits) < count:
-        edit = random_edit(rng, test)
-        if edit:
-            edits.append(edit)
-    return edits
+    attempts = (random_edit(rng, test) for _ in count())
+    return list(islice(filter(None, attempts), number))
 
 
 def leave_words_out(text: str, rng: random.Random) -> str:
@@ -292,15 +285,9 @@ def caption(scene: Scene, rng: random.Random) -> str:
     return " ".join([scene.sky, scene.ground, *(" ".join(thing) for thing in named)])
 
 
-PHRASES = {verb: (phrasings(SEEN[verb]), phrasings(UNSEEN[verb])) for verb in VERBS}  # by unseen
-
-
-def scene_words() -> list[str]:
-    """Every word of captions and instructions."""
-    texts = [text for seen, _ in PHRASES.values() for text in seen]
-    words = {word for text in texts for word in text.split() if "{" not in word}
-    return sorted(words | NAMES | {"a", *SKIES, *GROUNDS})
-
+PHRASES = {verb: (phrasings(SEEN[verb]), phrasings(UNSEEN[verb])) for verb in SEEN}  # by unseen
+WORDS = {word for texts, _ in PHRASES.values() for text in texts for word in text.split()}
+WORDS = sorted({word for word in WORDS if "{" not in word} | NAMES | {"a", *SKIES, *GROUNDS})
 
 # ------------------------------------------------------------------------------------------------
 # Pairs and their tokens
@@ -321,6 +308,7 @@ class Codec:
     width: int
 
     def __post_init__(self):
+        self.size = (self.height, self.width)
         self.pixels = self.height * self.width
         self.prompt = self.length + self.pixels  # positions before the target
         self.no_image = 1 + 2 * len(self.palette)
@@ -348,7 +336,7 @@ class Codec:
     def decode_image(self, tokens: Tensor) -> Tensor:
         """int64 [..., H * W] -> uint8 [..., H, W, 3]; MASK is magenta."""
         table = torch.tensor([[255, 0, 255], *self.palette], dtype=torch.uint8)
-        return table[tokens.cpu()].unflatten(-2, (self.height, self.width))
+        return table[tokens.cpu()].unflatten(-2, self.size)
 
 
 class Pairs(NamedTuple):
@@ -360,16 +348,17 @@ class Pairs(NamedTuple):
     caption: Tensor  # of the target; all "no word" where there is none
     texts: list[str]
     verbs: list[str]
-    unseen_phrase: list[bool] | None = None
+    unseen_phrase: list[bool] | tuple = ()  # of our scenes: see UNSEEN
 
 
-def scene_pairs(count: int, seed: int, test: bool = False) -> tuple[Pairs, Codec]:
+def scene_pairs(number: int, seed: int, test: bool = False) -> tuple[Pairs, Codec]:
     """Pairs of our own scenes, and their codec; of training instructions words are left out."""
-    codec = Codec(PALETTE, scene_words(), 17, SIZE, SIZE)
-    edits = random_edits(count, seed, test)
-    rng = random.Random(seed)
+    codec = Codec(PALETTE, WORDS, 17, SIZE, SIZE)
+    edits = random_edits(number, seed, test)
     images = np.array([[render(edit.source)[0], render(edit.target)[0]] for edit in edits])
     source, target = (1 + torch.from_numpy(images.astype(np.int64))).unbind(1)
+
+    rng = random.Random(seed)
     texts = [edit.instruction for edit in edits]
     told = texts if test else [leave_words_out(text, rng) for text in texts]
     captions = [caption(edit.target, rng) for edit in edits]
@@ -380,17 +369,23 @@ def scene_pairs(count: int, seed: int, test: bool = False) -> tuple[Pairs, Codec
     return Pairs(source, target, instruction, captions, texts, verbs, unseen), codec
 
 
-def read_picture(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """The picture laid on white, uint8 [H, W, 3], and as it is, uint8 [H, W, 4].  InputError."""
+def read_picture(path: Path, size: tuple | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """The picture laid on white, uint8 [H, W, 3], and as it is, uint8 [H, W, 4].
+
+    size: the height and width that it must have; None: SIDE at most.  Raises InputError.
+    """
     try:
         image = Image.open(path)
         if image.mode.startswith("I"):  # 16-bit grey, which PIL would cut off at 255
             image = Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8))
         image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        return np.asarray(Image.alpha_composite(white, image).convert("RGB")), np.asarray(image)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise InputError(f"{path} cannot be read as an image: {error}") from None
+    if image.size[::-1] != size if size else max(image.size) > SIDE:
+        wanted = f"{size[1]}x{size[0]}" if size else f"{SIDE}x{SIDE} at most"
+        raise InputError(f"{path} is {image.width}x{image.height} pixels, it must be {wanted}")
+    white = Image.new("RGBA", image.size, "white")
+    return np.asarray(Image.alpha_composite(white, image).convert("RGB")), np.asarray(image)
 
 
 def parse_pair(line: str, where: str) -> tuple[str, str, list[str]]:
@@ -403,8 +398,6 @@ def parse_pair(line: str, where: str) -> tuple[str, str, list[str]]:
         "".join([text, verb, *names]).encode()  # all text, and no half of a surrogate pair
     except (ValueError, KeyError, TypeError, AttributeError):
         raise InputError(f'{where} must be JSON with "instruction", "source", "target"') from None
-    if not split_words(text):
-        raise InputError(f"{where}: the instruction is empty")
     return text, verb, names
 
 
@@ -415,53 +408,51 @@ def read_pairs(
 
     A line: {"instruction": ..., "source": PNG, "target": PNG}, optionally "verb" (else the first
     word); all pictures have one size.  codec: None learns the words and the most frequent colours
-    of the folder.  Pairs without a change are left out.  InputError names file and line.
+    of the folder.  Pairs without a change are left out.  InputError names file or line.
     """
     path = folder / "pairs.jsonl"
+    lines = rm.read_lines(path)[:most]
     texts, verbs, images = [], [], []
-    size = (codec.height, codec.width) if codec else None
-    for number, line in rm.read_lines(path)[:most]:
-        where = f"{path} line {number}"
-        text, verb, names = parse_pair(line, where)
-        both = [read_picture(folder / name)[0] for name in names]
-        size = size or both[0].shape[:2]
-        for image, name in zip(both, names):
-            height, width = image.shape[:2]
-            if (height, width) != size or max(size) > SIDE:
-                wanted = f"all must be of one size, {SIDE}x{SIDE} at most, here {size[1]}x{size[0]}"
-                raise InputError(f"{where}: {name} is {width}x{height} pixels, {wanted}")
-        texts.append(text)
-        verbs.append(verb)
-        images.append(both)
+    size = codec and codec.size
+    for number, line in lines:
+        text, verb, names = parse_pair(line, f"{path} line {number}")
+        source, _ = read_picture(folder / names[0], size)
+        size = source.shape[:2]
+        target, _ = read_picture(folder / names[1], size)
+        if (source != target).any():
+            texts.append(text)
+            verbs.append(verb)
+            images.append((source, target))
+    if not texts:
+        raise InputError(f"{folder}: no pair of images differs")
 
     images = np.array(images)  # [n, 2, H, W, 3]
     if codec is None:
-        palette, count = np.unique(images.reshape(-1, 3), axis=0, return_counts=True)
-        frequent = np.sort(np.argsort(-count, kind="stable")[:colours])
+        palette, often = np.unique(images.reshape(-1, 3), axis=0, return_counts=True)
+        frequent = np.sort(np.argsort(-often, kind="stable")[:colours])
         words = [split_words(text) for text in texts]
         length = max(map(len, words)) + 2
         codec = Codec(palette[frequent].tolist(), sorted(set().union(*words)), length, *size)
-    encoded = [[codec.encode_image(image) for image in both] for both in images]
-    tokens = torch.from_numpy(np.array(encoded))
+    tokens = np.array([[codec.encode_image(image) for image in both] for both in images])
+    source, target = torch.from_numpy(tokens).unbind(1)
     instruction = torch.tensor([codec.encode_text(text, f"{path}: {text!r}") for text in texts])
-    kept = (tokens[:, 0] != tokens[:, 1]).any(-1).nonzero().flatten().tolist()
-    if not kept:
-        raise InputError(f"{folder}: no pair of images differs")
-
-    about = f"{folder}: {len(kept)} pairs, {len(codec.palette)} colours, {len(codec.words)} words"
-    if len(kept) < len(images):
-        about += f"; {len(images) - len(kept)} left out, as nothing changes"
-    replaced = (codec.decode_image(tokens).numpy() != images).any(-1)
-    if replaced.any():
-        among = replaced.any((1, 2, 3)).sum()
-        about += f"; {replaced.sum()} pixels of {among} pairs took the nearest colour"
-    if rm.is_main_process():
-        print(about)
-    source, target = tokens[kept].unbind(1)
-    instruction = instruction[kept]
     nothing = torch.full_like(instruction, codec.no_word)
-    texts, verbs = [texts[i] for i in kept], [verbs[i] for i in kept]
+
+    if rm.is_main_process():
+        nearest = (codec.decode_image(torch.from_numpy(tokens)).numpy() != images).any(-1).sum()
+        print(f"{folder}: {len(texts)} of {len(lines)} pairs show a change; {len(codec.words)} "
+            f"words, {len(codec.palette)} colours ({nearest} pixels by the nearest)")  # fmt: skip
     return Pairs(source, target, instruction, nothing, texts, verbs), codec
+
+
+def load_test_pairs(folder: Path | None, codec: Codec, most: int, seed: int = 0) -> Pairs:
+    """Of a folder, else held-out scenes.  InputError: the codec, a model's, is not of scenes."""
+    if folder:
+        return read_pairs(folder, codec, most)[0]
+    pairs, ours = scene_pairs(most, TEST_SEED + seed, test=True)
+    if ours != codec:
+        raise InputError("the model knows other pictures than our scenes: give --test DIR")
+    return pairs
 
 
 # ------------------------------------------------------------------------------------------------
@@ -471,9 +462,9 @@ def read_pairs(
 class Editor(MaskDiffusionTransformer):
     """The project's transformer on [instruction | source | target], the source under the target.
 
-    Called on float [B, length + 2 * H * W, D] it returns logits [B, length + 2 * H * W, V]: real
-    at the target for MASK and the palette, -10,000 elsewhere, so that nothing else is revealed.
-    A position's coordinates: row, column, block of 4x4 pixels, and whether it is a word.
+    Its logits, [B, length + 2 * H * W, V], are real at the target for MASK and the palette, and
+    -10,000 elsewhere, so that nothing else is revealed.  A position's coordinates: row, column,
+    block of 4x4 pixels, and whether it is a word.
     """
 
     def __init__(self, codec: Codec, variant: str):
@@ -499,23 +490,9 @@ class Editor(MaskDiffusionTransformer):
 def load_editor(path: Path, device: torch.device, variant: str | None = None) -> Editor:
     """The model of a checkpoint; variant: to train as another one from here.  InputError."""
     network, info = rm.load_checkpoint(path, "image", device, ("codec", "variant"))
-    try:
-        editor = Editor(Codec(**info["codec"]), variant or info["variant"]).to(device)
-        editor.load_state_dict(network.state_dict())
-    except (KeyError, TypeError, RuntimeError) as error:
-        raise InputError(f"{path} does not fit this script: {rm.first_line(error)}") from None
+    editor = Editor(Codec(**info["codec"]), variant or info["variant"]).to(device)
+    editor.load_state_dict(network.state_dict())
     return editor.eval()
-
-
-class PromptHistory(HistoryReference):
-    """Eq. 2 for the target; the prompt, the first positions, never changes and is read as it is."""
-
-    prompt = 0
-
-    def push(self, tokens: Tensor) -> Tensor:
-        if self.sum is not None:
-            self.sum[:, : self.prompt] = 0
-        return super().push(tokens)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -578,25 +555,23 @@ def sample_batch(
     else:
         editable = torch.ones_like(target, dtype=torch.bool)
         states = rm.history_until(*revision_states(source, target, generator))
-        if variant == "rm":
-            states = states[-1:]  # without history only the current state is read
 
     # The text begins at a random slot, so that no word is tied to one: phrasings differ in it.
     spare = (words == codec.no_word).sum(1, keepdim=True)
     shift = (rand(batch, 1) * (spare + 1)).long()  # ~ U{0..spare}
     slots = torch.arange(codec.length, device=device) - shift
     prompt = torch.cat([words.gather(1, slots % codec.length), shown], 1)
-    prompts = prompt.new_full((len(states), *prompt.shape), ABSENT)
-    prompts[-1] = prompt
+    states = F.pad(states, (codec.prompt, 0), value=ABSENT)
+    states[-1, :, : codec.prompt] = prompt
     editable = F.pad(editable, (codec.prompt, 0), value=False)
-    return torch.cat([prompts, states], -1), torch.cat([prompt, target], 1), editable
+    return states, torch.cat([prompt, target], 1), editable
 
 
 # ------------------------------------------------------------------------------------------------
 # Decoding
 
 
-@dataclass
+@dataclass(frozen=True)
 class Decoding:
     """How to edit: "two-phase", "loop" (Eq. 1 until nothing changes), "regenerate" (baselines)."""
 
@@ -607,8 +582,12 @@ class Decoding:
     max_turns: int = 16  # of the loop
 
 
-TWO_PHASE = Decoding()
 REGENERATE = Decoding("regenerate", mask_steps=0, reveal_steps=16)
+IN_PLACE = {
+    "two phases": Decoding(),
+    "two phases, p(M) > 0.9": Decoding(threshold=0.9),
+    "loop of Eq. 1": Decoding("loop"),
+}
 
 
 @torch.no_grad()
@@ -617,7 +596,7 @@ def two_phase(
 ) -> Tensor:
     """The paper's image decoding: re-mask only, then reveal only by MaskGIT's cosine schedule.
 
-    denoiser: input embeddings -> logits.  tokens: int64 [B, N].  editable: bool [B, N].  Returns
+    denoiser: input embeddings -> logits.  tokens: int64 [B, N].  editable: bool [N].  Returns
     the trace, int64 [turns + 1, B, N], the last without MASK.  Each row changes phase in the turn
     that finds nothing more to re-mask, so that its result does not depend on its batch.
     """
@@ -639,10 +618,8 @@ def two_phase(
         total = torch.where(reveals == 0, masks.clamp(min=1), total)
         reveals = reveals + ~masking
         # After step s of S a share cos(pi s / 2S) of the masks is left; one at least is revealed.
-        part = (reveals / decoding.reveal_steps).clamp(max=1)
-        left = (total * torch.cos(math.pi / 2 * part)).floor().long()
-        left = torch.where(reveals >= decoding.reveal_steps, 0, left)
-        count = torch.where(masking, 0, (masks - left).clamp(min=1)).flatten()
+        left = total * torch.cos(math.pi / 2 * (reveals / decoding.reveal_steps))
+        count = torch.where(masking, 0, (masks - left.floor().long()).clamp(min=1)).flatten()
         tokens = rm.decide(logits, remasked, MASK, editable, count, allow_remask=False)
         trace.append(tokens)
         if not masking.any() and not (tokens == MASK).any():
@@ -652,7 +629,7 @@ def two_phase(
 
 @torch.no_grad()
 def edit(
-    model: Editor, source: Tensor, instruction: Tensor, decoding: Decoding = TWO_PHASE
+    model: Editor, source: Tensor, instruction: Tensor, decoding: Decoding = Decoding()
 ) -> tuple[list[int], Tensor]:
     """Edits source, int64 [B, P], by instruction, int64 [B, length], on the model's device.
 
@@ -660,21 +637,22 @@ def edit(
     """
     codec = model.codec
 
-    def denoiser(inputs: Tensor) -> Tensor:
+    def denoiser(inputs: Tensor, prompt: Tensor) -> Tensor:
+        inputs = torch.cat([prompt, inputs[:, codec.prompt :]], 1)  # the prompt: no history
         with rm.mixed_precision(inputs.device):
             return model(inputs).float()
 
     start = torch.full_like(source, MASK) if decoding.name == "regenerate" else source
     tokens = torch.cat([instruction, source + len(codec.palette), start], 1)
     editable = torch.arange(tokens.shape[1], device=tokens.device) >= codec.prompt
-    editable = editable.expand_as(tokens)
-    history = PromptHistory(model.embedding.detach(), model.gamma, model.rotate)
-    history.prompt = codec.prompt
+    history = HistoryReference(model.embedding.detach(), model.gamma, model.rotate)
+    prompt = HistoryReference(history.embedding, gamma=0).push(tokens[:, : codec.prompt])
     if decoding.name == "loop":
-        most = decoding.max_turns
-        _, turns, _, trace = rm.revise(denoiser, tokens, MASK, history, most, editable, trace=True)
+        how = {"max_turns": decoding.max_turns, "editable": editable, "context": {"prompt": prompt}}
+        _, turns, _, trace = rm.revise(denoiser, tokens, MASK, history, trace=True, **how)
     else:
-        trace = two_phase(denoiser, tokens, editable, history, decoding)
+        denoise = partial(denoiser, prompt=prompt)
+        trace = two_phase(denoise, tokens, editable, history, decoding)
         moved = (trace[1:] != trace[:-1]).any(-1)
         number = torch.arange(1, len(moved) + 1, device=moved.device).unsqueeze(1)
         turns = (moved * number).amax(0).clamp(min=1).tolist()  # until the last change
@@ -682,7 +660,7 @@ def edit(
 
 
 # ------------------------------------------------------------------------------------------------
-# Metrics
+# Metrics and evaluation
 
 
 def structural_similarity(a: Tensor, b: Tensor, window: int = 7) -> Tensor:
@@ -708,8 +686,8 @@ def measure(edited: Tensor, source: Tensor, target: Tensor) -> dict[str, Tensor]
 
     The region is where source and target differ.  precision: share of the changed pixels that lie
     in it (NaN: nothing changed).  coverage: share of the region that changed.  mae, psnr, ssim:
-    edited against source outside the region; psnr is infinite where they are equal; ssim has the
-    region itself set to the source; all three are NaN where the region is the whole image.
+    edited against source outside the region (inside ssim reads the source); psnr is infinite where
+    they are equal; all three are NaN where the region is the whole image.
     """
     region = (source != target).any(-1)
     changed = (edited != source).any(-1)
@@ -747,65 +725,59 @@ def summarize(values: Tensor) -> dict:
     }
 
 
-# ------------------------------------------------------------------------------------------------
-# Evaluation
-
-
 def share_exact(right: Tensor) -> dict:
-    """right: bool [n]."""
     n, hits = len(right), int(right.sum())
     return {"n": n, "exact": hits / max(n, 1), "ci95_exact": rm.wilson_interval(hits, n)}
 
 
 def evaluate(
-    model: Editor, pairs: Pairs, decoding: Decoding = TWO_PHASE, chunk: int = 100
+    model: Editor, pairs: Pairs, decoding: Decoding = Decoding(), chunk: int = 100
 ) -> tuple[dict, Tensor, Tensor]:
-    """Every metric on pairs: (record, edited tokens int64 [n, P], predicted mask bool [n, P])."""
+    """(record, edited, remasked: the source with MASK where a turn had it); both int64 [n, P]."""
     began = time.perf_counter()
     device = model.embedding.device
-    turns, tokens, masked = [], [], []
+    turns, edited, remasked = [], [], []
     for rows in torch.arange(len(pairs.source)).split(chunk):
-        prompts = (pairs.source[rows].to(device), pairs.instruction[rows].to(device))
-        passes, trace = edit(model, *prompts, decoding)
+        source, instruction = pairs.source[rows].to(device), pairs.instruction[rows].to(device)
+        passes, trace = edit(model, source, instruction, decoding)
         turns += passes
-        tokens.append(trace[-1].cpu())
-        masked.append((trace == MASK).any(0).cpu())
+        edited.append(trace[-1].cpu())
+        remasked.append(torch.where((trace == MASK).any(0), MASK, source).cpu())
     seconds = time.perf_counter() - began
 
-    tokens, masked = torch.cat(tokens), torch.cat(masked)
-    right = (tokens == pairs.target).all(-1)
-    images = map(model.codec.decode_image, (tokens, pairs.source, pairs.target))
-    verbs = sorted(set(pairs.verbs))
-    rows_of = {verb: torch.tensor([v == verb for v in pairs.verbs]) for verb in verbs}
-    unseen = torch.tensor(pairs.unseen_phrase or [])
+    edited, remasked = torch.cat(edited), torch.cat(remasked)
+    right = (edited == pairs.target).all(-1)
+    images = map(model.codec.decode_image, (edited, pairs.source, pairs.target))
+    is_verb = {v: torch.tensor([verb == v for verb in pairs.verbs]) for v in sorted({*pairs.verbs})}
+    unseen = torch.tensor(pairs.unseen_phrase, dtype=torch.bool)
     by_phrasing = {"unseen_phrasing": unseen, "seen_phrasing": ~unseen} if len(unseen) else {}
     record = {
         **share_exact(right),
         **{name: summarize(values) for name, values in measure(*images).items()},
-        "by_verb": {verb: share_exact(right[rows]) for verb, rows in rows_of.items()},
+        "by_verb": {verb: share_exact(right[rows]) for verb, rows in is_verb.items()},
         **{name: share_exact(right[rows]) for name, rows in by_phrasing.items()},
         "mean_turns": sum(turns) / len(turns),
         "decoding": asdict(decoding),
         "seconds": seconds,
         "params": sum(p.numel() for p in model.parameters()),
-        "right": "".join("01"[int(r)] for r in right),
+        "right": "".join(map(str, right.int().tolist())),
     }
-    return record, tokens, masked
+    return record, edited, remasked
 
 
 def print_table(rows: dict[str, dict]) -> None:
-    """The paper's table beside ours.  rows: label -> record of evaluate."""
-    heads = ("exact %", "from", "to", "prec. %", "cover. %", "MAE", "PSNR", "SSIM", "median PSNR")
-    print(f"\n{'':32}" + "".join(f"{head:>12}" for head in (*heads, "passes")))
+    """The paper's table, with our medians of PSNR.  rows: label -> record of evaluate."""
+    scales = {"precision": 100, "coverage": 100, "mae": 1, "psnr": 1, "ssim": 1}
+    print(f"\n{'':32}" + "".join(f"{name:>12}" for name in ("exact", *scales, "passes")))
     for label, cells in PAPER.items():
-        print(f"paper (photographs), {label:47}" + "".join(f"{cell:12.3f}" for cell in cells))
+        print(f"{'paper, ' + label:44}" + "".join(f"{cell:12.3f}" for cell in cells))
     for label, row in rows.items():
-        mean = [row[name]["mean"] for name in ("precision", "coverage", "mae", "psnr", "ssim")]
-        precision, coverage, *others = [math.nan if x is None else x for x in mean]
-        percents = (100 * x for x in (row["exact"], *row["ci95_exact"], precision, coverage))
-        cells = (*percents, *others, float(row["psnr"]["median"]), row["mean_turns"])
+        cells = [100 * row["exact"]]
+        for name, scale in scales.items():
+            value = row[name]["median" if name == "psnr" else "mean"]
+            cells.append(math.nan if value is None else scale * float(value))
+        cells.append(row["mean_turns"])
         print(f"{label:32}" + "".join(f"{cell:12.3f}" for cell in cells))
-    print("PSNR is infinite where nothing outside changed: mean of the others, median of all")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -823,10 +795,7 @@ def train_variant(
     variant: str, pool: Pairs, codec: Codec, folder: Path, steps: int,
     device: torch.device, seed: int = 0, compile: bool = False,
 ) -> dict:  # fmt: skip
-    """Trains a variant, goes on with it, or reads its record; all but base start from base.pt.
-
-    Writes folder/<variant>.pt and, when all is done, the record as <variant>.json.
-    """
+    """Trains a variant, goes on with it, or reads its record; writes <variant>.pt and .json."""
     path = folder / f"{variant}.json"
     resume = folder / f"{variant}.resume.pt"
     data = rm.fingerprint(json.dumps(asdict(codec)), *pool[:4])
@@ -840,18 +809,14 @@ def train_variant(
     if variant == "base":
         model = Editor(codec, variant).to(device)
     else:
-        model = load_editor(folder / "base.pt", device, variant)
+        model = load_editor(folder / "base.pt", device, variant)  # all others start from it
     every = max(1, steps // 20)
     keep = {"checkpoint": resume, "checkpoint_every": every, "notes": notes}
-    recent = []
     for step, stats in training_run(model, pool, steps, seed=seed, compile=compile, **keep):
-        recent.append(stats)
         if step % every == 0:
-            names = ("reveal", "remask", "keep")
-            mean = {name: float(sum(s[name] for s in recent)) / len(recent) for name in names}
-            notes["curve"].append({"step": step, "minutes": stats["seconds"] / 60, **mean})
-            rm.show_progress(step, steps, stats | mean, variant)
-            recent = []
+            losses = {name: float(stats[name]) for name in ("reveal", "remask", "keep")}
+            notes["curve"].append({"step": step, "minutes": stats["seconds"] / 60, **losses})
+            rm.show_progress(step, steps, stats, variant)
 
     record = {
         "variant": variant,
@@ -873,16 +838,13 @@ def train_variant(
     return record
 
 
-def planned_steps(
-    folder: Path, minutes: float, pool: Pairs, codec: Codec, device: torch.device
-) -> int:
-    """Steps of RM: those of a run begun in folder, or as many as fit; base's fifth is whole."""
+def planned_steps(folder: Path, minutes: float, model: Editor, pool: Pairs) -> int:
+    """As many as fit the time, in fives, as the base has a fifth; or those of the run begun."""
     begun = rm.finished_record(folder / "base.json", {})
     begun = begun or rm.resume_notes(folder / "base.resume.pt", {})
     if begun:
         return round(begun["settings"]["steps"] / BASE_SHARE)
-    trial = training_run(Editor(codec, "rm").to(device), pool, 25)
-    return 5 * math.ceil(rm.steps_in(minutes, trial) / 5)
+    return 5 * math.ceil(rm.steps_in(minutes, training_run(model, pool, 25)) / 5)
 
 
 def train_all(
@@ -893,31 +855,30 @@ def train_all(
     """The bare command: trains what is not done yet, evaluates every row; a table, a gallery."""
     variants = sorted({"base", *variants}, key=list(VARIANTS).index)
     pool = Pairs(*(part.to(device) for part in pool[:4]), *pool[4:])
-    share = minutes / (len(variants) - 1 + BASE_SHARE)
-    steps = steps or planned_steps(folder, share, pool, codec, device)
+    if steps is None:
+        share = minutes / (len(variants) - 1 + BASE_SHARE)
+        steps = planned_steps(folder, share, Editor(codec, "rm").to(device), pool)
     steps_of = dict.fromkeys(variants, steps)
     steps_of["base"] = base_steps or math.ceil(BASE_SHARE * steps)
-    run = partial(train_variant, device=device, seed=seed, compile=compile)
-    training = {name: run(name, pool, codec, folder, steps_of[name]) for name in variants}
+    training = {}
+    for name, most in steps_of.items():
+        training[name] = train_variant(name, pool, codec, folder, most, device, seed, compile)
     if not rm.is_main_process():
         return {}
 
-    rows, shown = {}, {}
+    rows = {}
+    columns = {"source": test.source}
     for variant in variants:
         model = load_editor(folder / f"{variant}.pt", device)
-        decodings = {
-            f"{variant}, two phases": TWO_PHASE,
-            f"{variant}, two phases, p(M) > 0.9": Decoding(threshold=0.9),
-            f"{variant}, loop of Eq. 1": Decoding("loop"),
-        }
+        decodings = {f"{variant}, {name}": decoding for name, decoding in IN_PLACE.items()}
         if variant in REGENERATING:
             decodings = {variant: REGENERATE}
         for label, decoding in decodings.items():
-            rows[label], *pictures = evaluate(model, test, decoding)
-            shown.setdefault(variant, pictures)
-            print(f"{label}: exact {100 * rows[label]['exact']:.1f} %", flush=True)
+            rows[label], columns[variant], remasked = evaluate(model, test, decoding)
+        if variant not in REGENERATING:
+            columns[f"re-masked by {variant}"] = remasked
     print_table(rows)
-    draw_gallery(folder / "gallery.png", codec, test, shown)
+    draw_strips(folder / "gallery.png", codec, test.texts, columns | {"target": test.target})
     result = {
         "rows": rows,
         "paper": PAPER,
@@ -934,37 +895,20 @@ def train_all(
 # Figures and files
 
 
-def draw_strips(path: Path, codec: Codec, heads: list[str], strips: list[tuple]) -> None:
-    """Rows of pictures, heads below; MASK is magenta.  strips: (text, [tokens int64 [P], ...])."""
-    figure, axes = rm.new_figure(len(strips), 1, 1.4 * len(heads), 1.8 * len(strips))
-    middles = [(codec.width + 1) * (i + 0.5) - 1 for i in range(len(heads))]
-    for axis, (text, states) in zip(axes.flat, strips):
-        images = codec.decode_image(torch.stack(states).cpu())
-        framed = F.pad(images, (0, 0, 0, 1), value=255)  # a white column after each
-        axis.imshow(torch.cat([*framed], dim=1).numpy())
+def draw_strips(path: Path, codec: Codec, texts: list[str], columns: dict[str, Tensor]) -> None:
+    """A row of pictures for each of the first texts.  columns: head -> tokens int64 [n, P]."""
+    texts = texts[:10]
+    figure, axes = rm.new_figure(len(texts), 1, 1.4 * len(columns), 1.8 * len(texts))
+    middles = [(codec.width + 1) * (i + 0.5) - 1 for i in range(len(columns))]
+    images = codec.decode_image(torch.stack([*columns.values()], dim=1))  # [n, columns, H, W, 3]
+    framed = F.pad(images, (0, 0, 0, 1), value=255)  # a white line after each
+    for axis, text, row in zip(axes.flat, texts, framed):
+        axis.imshow(torch.cat([*row], dim=1).numpy())
         axis.set_title(text, loc="left", fontsize=8)
-        axis.set_xticks(middles, heads, fontsize=7)
+        axis.set_xticks(middles, columns, fontsize=7)
         axis.set_yticks([])
-        axis.tick_params(length=0)
         axis.spines[:].set_visible(False)
     rm.save_figure(figure, path)
-
-
-def draw_gallery(path: Path, codec: Codec, pairs: Pairs, shown: dict[str, list[Tensor]]) -> None:
-    """Two edits a verb, ten at most: source, what RM re-masked, the variants' results, target.
-
-    shown: variant -> [edited tokens int64 [n, P], predicted mask bool [n, P]].
-    """
-    ours = "rm" if "rm" in shown else list(shown)[-1]
-    rows_of = {}
-    for i, verb in enumerate(pairs.verbs):
-        rows_of.setdefault(verb, []).append(i)
-    strips = []
-    for i in [i for rows in rows_of.values() for i in rows[:2]][:10]:
-        masked = torch.where(shown[ours][1][i], MASK, pairs.source[i])
-        results = [tokens[i] for tokens, _ in shown.values()]
-        strips.append((pairs.texts[i], [pairs.source[i], masked, *results, pairs.target[i]]))
-    draw_strips(path, codec, ["source", f"re-masked by {ours}", *shown, "target"], strips)
 
 
 def edit_file(model: Editor, path: Path, instruction: str, out: Path, decoding: Decoding) -> dict:
@@ -973,27 +917,20 @@ def edit_file(model: Editor, path: Path, instruction: str, out: Path, decoding: 
     A pixel that the model leaves alone is copied, with its transparency.  Raises InputError.
     """
     codec = model.codec
-    picture, original = read_picture(path)
-    height, width = picture.shape[:2]
-    if (height, width) != (codec.height, codec.width):
-        wanted = f"{codec.width}x{codec.height}"
-        raise InputError(f"{path} is {width}x{height} pixels, the model edits {wanted}")
+    picture, original = read_picture(path, codec.size)
     device = model.embedding.device
     words = torch.tensor([codec.encode_text(instruction)], device=device)
     source = torch.from_numpy(codec.encode_image(picture)).unsqueeze(0).to(device)
     (turns,), trace = edit(model, source, words, decoding)
 
-    changed = (trace[-1] != source).cpu().view(height, width, 1).numpy()
-    drawn = codec.decode_image(trace[-1, 0]).numpy()
-    opaque = np.dstack([drawn, np.full((height, width), 255)])
-    edited = Image.fromarray(np.where(changed, opaque, original).astype(np.uint8))
-    if (original[..., 3] == 255).all():
-        edited = edited.convert("RGB")
-    rm.replace_file(out, lambda file: edited.save(file, "PNG"))
+    changed = (trace[-1] != source).view(codec.size).cpu().numpy()
+    edited = original.copy()
+    edited[changed, :3] = codec.decode_image(trace[-1, 0]).numpy()[changed]
+    edited[changed, 3] = 255
+    rm.replace_file(out, lambda file: Image.fromarray(edited).save(file, "PNG"))
     print(f"wrote {out}")
-    heads = ["source", *map(str, range(1, len(trace)))]
-    strip = (instruction, [*trace[:, 0]])
-    draw_strips(out.with_name(f"{out.stem}_turns.png"), codec, heads, [strip])
+    columns = {f"turn {turn}": state for turn, state in enumerate(trace)}
+    draw_strips(out.with_name(f"{out.stem}_turns.png"), codec, [instruction], columns)
     return {
         "instruction": instruction,
         "turns": turns,
@@ -1007,50 +944,36 @@ def edit_file(model: Editor, path: Path, instruction: str, out: Path, decoding: 
 
 
 def parse_arguments() -> argparse.Namespace:
-    options = rm.Options(
-        description="Reflective Masking on pictures: edits by instructions, in place.  Without "
-        "arguments: train base, baseline and RM on our own scenes, evaluate on held-out ones, draw."
-    )
+    options = rm.Options(description="Reflective Masking on pictures: edits by instructions, in "
+        "place.  Without arguments: trains on our own scenes, evaluates, draws.")  # fmt: skip
     positive = rm.number(int, 1)
-    add = options.add_argument_group("what to do (default: train)").add_argument
-    add("--evaluate", action="store_true", help="score --checkpoint on test pairs")
+    add = options.group("what to do (default: train)", "image")
+    add("--evaluate", action="store_true", modes=(), help="score --checkpoint on test pairs")
     add("--image", type=Path, metavar="IN.png", help="edit this file, write --out OUT.png")
     add("--instruction", metavar="TEXT", help="with --image: what to do with it")
-    add = options.group("training data", "train")
+    add = options.group("training", "train")
     add("--pairs", type=Path, metavar="DIR", help="train on DIR/pairs.jsonl, with --test")
     add("--pool", type=positive, default=40_000, help="training pairs at most (default 40000)")
-    add = options.group("test data", "train", "evaluate")
-    add("--test", type=Path, metavar="DIR", help="test on DIR/pairs.jsonl (default: our scenes)")
-    add("--n", type=positive, default=1000, help="test pairs at most (default 1000)")
-    add = options.group("training", "train")
     names = {"choices": VARIANTS, "default": list(VARIANTS), "metavar": "V"}
     add("--variants", nargs="+", **names, help="which (default: base sft rm history); base always")
     add("--minutes", type=rm.number(float, 0.01), default=20, help="for all of them (default 20)")
     add("--steps", type=positive, help="this many a variant instead, the base a fifth of them")
     add("--base-steps", type=positive, help="with --steps: of the base")
     add("--compile", action="store_true", help="torch.compile (needs a C++ compiler on CPU)")
+    add = options.group("test data", "train", "evaluate")
+    add("--test", type=Path, metavar="DIR", help="test on DIR/pairs.jsonl (default: our scenes)")
+    add("--n", type=positive, default=1000, help="test pairs at most (default 1000)")
     add = options.group("editing", "evaluate", "image")
-    shipped = HERE / "checkpoints/image_rm.pt"
-    add("--checkpoint", type=Path, default=shipped, help="default: the shipped one")
-    decode = {"choices": ["two-phase", "loop"], "default": "two-phase"}
-    add("--decode", **decode, help="the paper's two phases, or Eq. 1 until nothing changes")
-    share = rm.number(float, 0, 1)
-    add("--threshold", type=share, default=0.0, help="two-phase: re-mask where p(M) is above this")
-    options.general("runs/image", seed_modes=("train", "evaluate"))
-    args = options.parse(lambda a: "image" if a.image else "evaluate" if a.evaluate else "train")
+    add("--checkpoint", type=Path, default=HERE / "checkpoints/image_rm.pt", help="or shipped")
+    add("--decode", choices=["two-phase", "loop"], default="two-phase", help="loop: of Eq. 1")
+    add("--threshold", type=rm.number(float, 0, 1), default=0.0,
+        help="two-phase: re-mask only where p(M) is above this, too (default 0)")  # fmt: skip
+    general = {"out_modes": ("train", "image"), "seed_modes": ("train", "evaluate")}
+    options.general("runs/image", seed="of training, or of test scenes", **general)
+    args = options.parse(lambda a: "evaluate" if a.evaluate else "image" if a.image else "train")
 
     if args.image and not (args.instruction and args.out and args.out.suffix.lower() == ".png"):
         options.error("--image needs --instruction TEXT and --out OUT.png")
-    if args.image and (args.evaluate or args.smoke) or args.instruction and not args.image:
-        options.error("--image goes with --instruction, and with neither --evaluate nor --smoke")
-    if args.mode == "train" and bool(args.pairs) != bool(args.test):
-        options.error("--pairs and --test go together")
-    if args.steps and "minutes" in args.given or args.base_steps and not args.steps:
-        options.error("--steps goes without --minutes, --base-steps with --steps")
-    if "seed" in args.given and args.evaluate and args.test:
-        options.error("--seed has no effect with --test")
-    if args.out and args.out.is_file() and not args.image:
-        options.error(f"--out {args.out} is a file")
     if args.decode == "loop" and args.threshold:
         options.error("--threshold has no effect with --decode loop")
     if args.smoke:
@@ -1066,10 +989,9 @@ def main() -> None:
     if args.mode == "train":
         if args.pairs:
             pool, codec = read_pairs(args.pairs, most=args.pool)
-            test, _ = read_pairs(args.test, codec, args.n)
         else:
             pool, codec = scene_pairs(args.pool, args.seed)
-            test, _ = scene_pairs(args.n, TEST_SEED, test=True)
+        test = load_test_pairs(args.test, codec, args.n)
         plan = (args.steps, args.base_steps, args.minutes, args.seed, args.compile)
         result = train_all(args.variants, pool, test, codec, args.out, device, *plan)
     else:
@@ -1082,17 +1004,11 @@ def main() -> None:
     if args.mode == "image":
         result = edit_file(model, args.image, args.instruction, args.out, decoding)
     if args.mode == "evaluate":
-        if args.test:
-            pairs, codec = read_pairs(args.test, model.codec, args.n)
-        else:
-            pairs, codec = scene_pairs(args.n, TEST_SEED + args.seed, test=True)
-        if codec != model.codec:
-            raise InputError(f"{args.checkpoint} knows other pictures than ours: give --test DIR")
-        score, *pictures = evaluate(model, pairs, decoding)
+        test = load_test_pairs(args.test, model.codec, args.n, args.seed)
+        score, *_ = evaluate(model, test, decoding)
         print_table({model.variant: score})
-        draw_gallery(args.out / "evaluate.png", codec, pairs, {model.variant: pictures})
-        names = {"seed": args.seed, "checkpoint": args.checkpoint.name}
-        result = {**score, **names, "provenance": rm.provenance()}
+        source = {"seed": args.seed, "checkpoint": args.checkpoint.name}
+        result = {**score, **source, "provenance": rm.provenance()}
     if args.json and rm.is_main_process():
         rm.write_json(args.json, result)
 
