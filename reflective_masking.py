@@ -1075,9 +1075,12 @@ def new_figure(rows: int = 1, columns: int = 1, width: float = 6.0, height: floa
 
 
 def save_figure(figure, path: Path) -> None:
-    """Writes the figure by rename, and says so."""
+    """Writes the figure by rename, closes it, and says so."""
+    import matplotlib.pyplot as plt
+
     kind = path.suffix.lstrip(".") or "png"
     replace_file(path, lambda file: figure.savefig(file, dpi=150, format=kind))
+    plt.close(figure)
     print(f"wrote {path}", flush=True)
 
 
