@@ -446,20 +446,21 @@ def test_gamma_and_rotation_reach_training(smoke, monkeypatch):
 def test_a_run_stopped_by_signals_goes_on_bit_for_bit(smoke, monkeypatch, capsys):
     """Ctrl-C, the same command again, SIGTERM, and again: the weights of an unbroken run."""
     command = ("--smoke", "--steps", "6", "--n", "2", "--out")
+    show_progress = rm.show_progress
     for name in (signal.SIGINT, signal.SIGTERM):
-        run = start_process(*command, smoke / "stopped")
-        for line in run.stdout:
-            if line.startswith("step"):
-                break
-        run.send_signal(name)
-        _, stderr = run.communicate(timeout=60)
-        assert run.returncode == 2 and stderr.count("\n") == 1, stderr
+        kill = lambda *_, name=name: os.kill(os.getpid(), name)  # in the middle of a step's report
+        monkeypatch.setattr(rm, "show_progress", kill)
+        with pytest.raises(SystemExit) as stop:
+            rm.run_script(lambda: run_main(monkeypatch, *command, smoke / "stopped"))
+        stderr = capsys.readouterr().err
+        assert stop.value.code == 2 and stderr.count("\n") == 1, stderr
         assert "the same command goes on from here" in stderr
         assert (smoke / "stopped/full_seed0.resume.pt").exists()
         assert not (smoke / "stopped/full_seed0.json").exists()
-    capsys.readouterr()
+    monkeypatch.setattr(rm, "show_progress", show_progress)
     run_main(monkeypatch, *command, smoke / "stopped")
-    assert "step 1/6" not in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "step 2/6" not in out and "step 3/6" in out  # a step each before the two signals
     run_main(monkeypatch, *command, smoke / "unbroken")
     folders = (smoke / "stopped", smoke / "unbroken")
     one, two = (rm.read_torch(folder / "full_seed0.pt")["model"] for folder in folders)
