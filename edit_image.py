@@ -490,8 +490,11 @@ class Editor(MaskDiffusionTransformer):
 def load_editor(path: Path, device: torch.device, variant: str | None = None) -> Editor:
     """The model of a checkpoint; variant: to train as another one from here.  InputError."""
     network, info = rm.load_checkpoint(path, "image", device, ("codec", "variant"))
-    editor = Editor(Codec(**info["codec"]), variant or info["variant"]).to(device)
-    editor.load_state_dict(network.state_dict())
+    try:
+        editor = Editor(Codec(**info["codec"]), variant or info["variant"]).to(device)
+        editor.load_state_dict(network.state_dict())
+    except (TypeError, KeyError, ValueError, RuntimeError) as error:
+        raise InputError(f"{path} does not fit its codec: {rm.first_line(error)}") from None
     return editor.eval()
 
 
@@ -976,6 +979,10 @@ def parse_arguments() -> argparse.Namespace:
         options.error("--image needs --instruction TEXT and --out OUT.png")
     if args.decode == "loop" and args.threshold:
         options.error("--threshold has no effect with --decode loop")
+    if {"minutes", "steps"} <= args.given:
+        options.error("--minutes has no effect with --steps")
+    if args.mode == "evaluate" and args.test and "seed" in args.given:
+        options.error("--seed has no effect with --evaluate --test: it draws our own scenes")
     if args.smoke:
         args.steps = args.steps or 2
         args.pool, args.n = min(args.pool, 12), min(args.n, 6)
