@@ -8,7 +8,7 @@ Equation 2 of "Multi-Turn Reflective Masking Elicits Reasoning in Mask Diffusion
 
 R_delta turns the pair of coordinates (j, j + D/2) by delta * 10000^(-2j/D) (History Embedding
 Rotation, HER), so R_a R_b = R_(a+b), and a state's age stays readable from the sum.  Four variants,
-one formula: gamma = 0 is plain RM without history; gamma = 1 without rotation "HR"; gamma < 1
+one formula: gamma = 0 is RM without history; gamma = 1 without rotation "HR"; gamma < 1
 "decay"; with rotation "HER", the paper's full method.  kernels.py is what a GPU runs instead.
 """
 
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kernels
-from kernels import check_history, check_ids, require, use_triton
+from kernels import check_history, check_ids, require, use_triton  # ValueErrors, and which path
 
 ABSENT = -1  # a token id that stands for "no state yet": it adds nothing to the sum
 
@@ -56,15 +56,15 @@ def history_embedding(
 ) -> Tensor:  # fmt: skip
     """Eq. 2 as the closed sum; differentiable in the embedding; what training uses.
 
-    states: int64 [T+1, B, N], oldest first, the current state last; ABSENT (-1) where a sequence
-    has a shorter history.  embedding: float [V, D].  gamma in [0, 1]; 0 reads the current state
-    alone.  rotate: HER.  normalize: the RMSNorm after the sum.  impl: "torch", "triton" or None,
-    which is triton on a GPU.
+    states: int64 [t+1, B, N], oldest first, the current state last; ABSENT (-1) where a sequence
+    has a shorter history.  embedding: float [V, D].  gamma in [0, 1] (the paper states none); 0
+    reads the current state alone.  rotate: HER.  normalize: the RMSNorm (eps 1e-6).  impl: "torch",
+    "triton" or None: triton on a GPU, but for a small vocabulary one product, there too.
     Returns [B, N, D] in the embedding's dtype; sums in at least float32.  Raises ValueError for
     wrong shapes, gamma outside [0, 1], odd D with rotate and, on CPU, ids the embedding lacks.
     """
     shape = [*states.shape]
-    require(states.ndim == 3 and len(states) > 0, f"states must be [T+1, B, N], got {shape}")
+    require(states.ndim == 3 and len(states) > 0, f"states must be [t+1, B, N], got {shape}")
     check_history(embedding, gamma, rotate)
     check_ids("states", states, None, embedding.device, ABSENT, len(embedding))
     if gamma == 0:

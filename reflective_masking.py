@@ -47,12 +47,13 @@ def decide(
         x  = M                      reveal:  argmax over V without M
 
     logits: float [B, N, V]; or, with head, the output weight [V, D] (and bias [V]), hidden states
-    [B, N, D], whose logits are formed at masked positions only.  tokens: int64 [B, N].
+    [B, N, D], whose rows of logits are formed at masked positions only.  tokens: int64 [B, N].
     editable: bool [B, N] or [N]; elsewhere nothing changes.  reveal: at most that many reveals a
     sequence (int, or int64 [B]), the most confident first; None: all.  allow_remask, allow_reveal
     switch one kind off.  impl: "torch", "triton" or None, triton on a GPU.  Returns int64 [B, N].
     Ties reveal the lowest id; NaN never re-masks and wins the argmax.  ValueError: wrong shapes.
     """
+    require(head is not None or bias is None, "bias needs head")
     if not allow_reveal:  # then no masked row need be read
         visible = tokens != mask_id
         editable = visible if editable is None else editable & visible
@@ -66,7 +67,7 @@ def decide(
         editable = check_decision("logits", logits, vocabulary, tokens, mask_id, editable)
         masked = tokens == mask_id if editable is None else editable & (tokens == mask_id)
         own, at_mask, rows = _logits_that_matter(logits, tokens, mask_id, masked, head, bias)
-        remask = at_mask > own  # Eq. 1: p(M) > p(x), as one softmax orders like its logits
+        remask = at_mask > own  # Eq. 1: p(M) > p(x); softmax keeps the order; never where x = M
         remask = remask if editable is None else editable & remask
         revealed, sure = best_token(rows, mask_id)  # Eq. 1: argmax over V without M
         best = tokens.masked_scatter(masked, revealed.to(tokens.dtype))
@@ -82,7 +83,7 @@ def decide(
 
 
 def _logits_that_matter(logits, tokens, mask_id, masked, head, bias):
-    """Of every position its own token's and MASK's, [B, N]; of a masked one the row, [R, V]."""
+    """Own token's and MASK's logit, [B, N]; the row of each masked position, [masked, V]."""
     logits = logits.detach()
     if head is None:
         own = logits.gather(-1, tokens.long().unsqueeze(-1)).squeeze(-1)
@@ -97,7 +98,7 @@ def _logits_that_matter(logits, tokens, mask_id, masked, head, bias):
 def best_token(logits: Tensor, mask_id: int) -> tuple[Tensor, Tensor]:
     """The likeliest token without MASK, int64 [...], and its log-probability among the tokens.
 
-    logits: float [..., V].  Log-probability as -log1p(sum of exp(logit - best) over the others): a
+    logits: float [..., V].  Log-probability as -log1p(sum of exp(logit - top) over the others): a
     float32 probability is 1 beyond a gap of 17 nats, and the most confident would tie.
     """
     others = wide(logits).clone()
@@ -123,8 +124,8 @@ def oracle_action(
         wrong token     re-mask: target M
         right token     keep:    target itself
 
-    state, clean: int64 [..., N]; clean holds no MASK.  editable: bool, broadcastable; elsewhere
-    the role is IGNORE.  Returns (target, role), int64 of state's shape.
+    state, clean: int64 [..., N]; clean is x*, without MASK.  editable: bool, broadcastable;
+    elsewhere the role is IGNORE.  Returns (target, role), int64 of state's shape.
     """
     masked = state == mask_id
     right = state == clean
@@ -150,14 +151,17 @@ def revision_loss(
 
     A part is the sum over its role's positions divided by the number of positions with any role:
     with weights (1, 1, 1) total is the plain mean; an empty role counts 0.  At the minimum a
-    visible position has all its mass on {x, M}, and p(x) is the probability that x is right;
-    unequal weights of re-mask and keep move it.  logits: float [..., V]; or, with head [V, D] (and
-    bias [V]), hidden states [..., D]; on a GPU their logits exist a block of rows at a time.
-    target, role: int64 [...] of oracle_action.  ValueError: wrong shapes; on CPU, ids out of range.
+    visible position has all its mass on {x, M}, and p(x) is the probability that x is right, so
+    that Eq. 1 re-masks what is more likely wrong than right; at M it is the posterior.  logits:
+    float [..., V]; or, with head [V, D] (and bias [V]), hidden states [..., D]; on a GPU their
+    logits exist a block of rows at a time.  target, role: int64 [...] of oracle_action.  weights:
+    of reveal, re-mask, keep; unequal ones of the last two move p(x).  ValueError: wrong shapes.
     """
     if use_triton(impl, logits):
         parts = kernels.revision_cross_entropy(logits, target, role, weights, head, bias)
         return RevisionLoss(*parts)
+    require(len(weights) == 3, f"weights must be three numbers, got {weights}")
+    require(head is not None or bias is None, "bias needs head")
     check_ids("role", role, logits.shape[:-1], logits.device, IGNORE, 3)
     counted = role != IGNORE
     rows = logits[counted]
@@ -185,7 +189,8 @@ def uniform_wrong(
 ) -> Tensor:
     """A fixed corruption law: tokens drawn uniformly from choices, never the clean one.
 
-    clean: int64 [B, N].  choices: int64 [C], different tokens, C >= 2.  Returns [count, B, N].
+    clean: int64 [B, N], each one of choices where the result is used.  choices: int64 [C],
+    different tokens, C >= 2.  Returns int64 [count, B, N].
     """
     different = len(choices.unique()) == len(choices) > 1
     require(different, f"choices must be two or more different tokens, got {choices.tolist()}")
@@ -225,15 +230,16 @@ def sample_trajectory(
 ) -> Tensor:  # fmt: skip
     """Synthetic revisions x(0), ..., x(T): no rollouts, every position on its own clock.
 
-    Each editable position draws a rule; elsewhere the truth stands throughout.
+    Each editable position starts wrong or masked; elsewhere the truth stands throughout.
         wrong (probability p_wrong)   w until beta, M until mu, then x*;
                                       beta ~ U{1..T-1}, mu ~ U{beta+1..T}
         mask                          M until mu, then x*;  mu ~ U{1..T}
     second_guess (ours; the paper's law at 0): the probability that what comes at mu is another
     wrong token, re-masked at a time ~ U{mu+1..T+1} and made right at one ~ U{that+1..T+2}.
-    clean: int64 [B, N].  editable: bool [B, N]: some positions, for with all of them x(0) holds no
-    right token.  wrong: int64 [B, N], or [2, B, N] with second guesses.  p_wrong: a number, or
-    float that broadcasts to [B, N].  Returns int64 [T+1, B, N].  ValueError: wrong shapes.
+    clean: int64 [B, N], x*.  editable: bool [B, N]: some of the positions that may be edited, for
+    with all of them x(0) holds no right token.  wrong: int64 [B, N] or [count, B, N], two with
+    second guesses.  p_wrong (0.5 is ours): a number, or a float tensor that broadcasts to [B, N].
+    Train on x(t), t ~ U{0..T-1}.  Returns int64 [T+1, B, N].  ValueError: wrong shapes.
     """
     wrong = wrong.unsqueeze(0) if wrong.ndim == clean.ndim else wrong
     fits = wrong.shape[1:] == clean.shape == editable.shape
@@ -245,7 +251,7 @@ def sample_trajectory(
     def uniform() -> Tensor:
         return torch.rand(clean.shape, generator=generator, device=clean.device)
 
-    def time_from(low: Tensor | int, high: int) -> Tensor:  # U{low..high}; never if low > high
+    def time_from(low: Tensor | int, high: int) -> Tensor:  # U{low..high}
         return low + (uniform() * (high + 1 - low)).long()
 
     starts_wrong = uniform() < p_wrong
@@ -255,7 +261,7 @@ def sample_trajectory(
     states = torch.where(step < beta, wrong[0], torch.where(step < mu, mask_id, clean))
     if second_guess:
         guesses_again = uniform() < second_guess
-        beta = time_from(mu + 1, T + 1)
+        beta = time_from(mu + 1, T + 1)  # T + 1 and T + 2 come after the trajectory's end
         last_mu = time_from(beta + 1, T + 2)
         guess = torch.where(step < beta, wrong[1], torch.where(step < last_mu, mask_id, clean))
         states = torch.where(guesses_again & (step >= mu), guess, states)
@@ -282,7 +288,7 @@ FIXED_POINT, CYCLE, OUT_OF_TURNS = "fixed point", "cycle", "out of turns"
 
 class Revision(NamedTuple):
     """tokens: int64 [B, N] without MASK.  turns (forward passes), status: B each.  trace: every
-    state, int64 [turns + 1, B, N], where a finished sequence keeps its last one; or None."""
+    state, int64 [max(turns) + 1, B, N], where a finished sequence keeps its last one; or None."""
 
     tokens: Tensor
     turns: list[int]
@@ -303,9 +309,10 @@ def revise(
     denoiser: any callable from input embeddings [B, N, D] to logits [B, N, V], the transformer
     below or lambda e: hf_model(inputs_embeds=e).logits; with head to hidden states [B, N, D].
     tokens: int64 [B, N], MASK where nothing stands yet.  history: it is reset first.  editable,
-    reveal, head, bias, impl: as in decide.  rule: a baseline's rule in place of Eq. 1.  context:
-    tensors with a row a sequence (an attention mask, say); finished sequences leave the batch, and
-    what context has left of them goes to the denoiser as keywords.  A sequence ends with
+    reveal, head, bias, impl: as in decide.  rule: in place of Eq. 1, for baselines; rule(logits,
+    tokens, mask_id, editable=, reveal=) -> int64 [B, N].  context: tensors with a row a sequence
+    (an attention mask, say), for the denoiser as keywords; finished sequences leave the batch, and
+    their rows of context too.  A sequence ends with
 
       FIXED_POINT   the turn changed nothing.  With history the memory still changes after that, so
                     a later turn might differ; it counts as settled, as in the released code.
@@ -313,10 +320,11 @@ def revise(
                     where the loop is then certain; three times with it, as the memory differs.
       OUT_OF_TURNS  max_turns forward passes were made.
 
-    In its last turn masked positions are revealed and none is re-masked, so no MASK is left.
+    In its last turn every mask is revealed and nothing is re-masked, so no MASK is left.
     ValueError: a MASK that may not be edited; an output of the denoiser of another shape, or NaN.
     """
     require(max_turns >= 1, f"max_turns must be at least 1, got {max_turns}")
+    require(reveal is None or reveal >= 1, f"reveal must be None or at least 1, got {reveal}")
     require(rule is None or head is None, "head belongs to Eq. 1, which rule replaces")
     eq1 = partial(decide, head=head, bias=bias, impl=impl)
     if editable is None:
@@ -335,13 +343,13 @@ def revise(
     status = [OUT_OF_TURNS] * len(tokens)
     visits = [Counter([row.tobytes()]) for row in tokens.cpu().numpy()]  # of each state, exactly
     running = torch.arange(len(tokens), device=tokens.device)  # rows of the batch still at work
-    for turn in range(1, max_turns + 1):
+    for turn in range(1, max_turns + 1):  # from x(turn - 1) to x(turn)
         logits = denoiser(history.push(tokens), **context)  # Eq. 2, then the network
         fits = logits.shape[:2] == tokens.shape
         wanted = f"denoiser must return [{len(tokens)}, {tokens.shape[1]}, ...]"
         require(fits, f"{wanted}, got {[*logits.shape]}: what it holds a sequence goes in context")
-        nan = logits.numel() > 0 and logits.amax().isnan()
-        require(not nan, f"denoiser returned NaN in turn {turn}")
+        nan = logits.amax(-1).isnan() & editable
+        require(not nan.any(), f"denoiser returned NaN in turn {turn}")
         following = (rule or eq1)(logits, tokens, mask_id, editable=editable, reveal=reveal)
 
         settled = (following == tokens).all(-1).tolist()
@@ -361,7 +369,8 @@ def revise(
             following[last] = torch.where(following[last] == mask_id, revealed, following[last])
 
         result[running] = following
-        states.append(result.clone())
+        if trace:
+            states.append(result.clone())
         if not going.any():
             break
         tokens = following
@@ -421,8 +430,8 @@ class Block(nn.Module):
         query, key, value = projected  # [B, heads, N, D / heads] each
         if rotation is not None:
             query, key = _rotary(query, rotation), _rotary(key, rotation)
-        # Written out: on a CPU the backward pass of PyTorch's fused attention takes three times as
-        # long (170 against 62 ms a compiled bf16 step), and a learned bias cannot use it anyway.
+        # Written out: PyTorch's fused attention takes no learned bias, and its backward pass three
+        # times as long on a CPU.
         score = query @ key.transpose(-1, -2) * (width // self.heads) ** -0.5
         if self.relation_bias is not None:
             score = score + self.relation_bias[:, relation]
@@ -505,7 +514,7 @@ def demo(steps: int = 300, letters: int = 6) -> float:
 
     def examples(count: int) -> tuple[Tensor, Tensor, Tensor]:
         clean = torch.randint(1, 27, (count, letters)).repeat(1, 4)
-        chosen = torch.rand(count, length).argsort(-1) < 3  # the positions that may be edited
+        chosen = torch.rand(count, length).argsort(-1) < 3  # where it starts wrong or masked
         return clean, chosen, uniform_wrong(clean, torch.arange(1, 27))[0]
 
     for step in range(1, steps + 1):
@@ -526,9 +535,9 @@ def demo(steps: int = 300, letters: int = 6) -> float:
     result = revise(model, start, mask_id, history, trace=True)
     for turn, state in enumerate(result.trace[: result.turns[0] + 1, 0].tolist()):
         print(f"turn {turn}  " + "".join("_" if x == mask_id else chr(96 + x) for x in state))
-    before, after = ((x == clean).all(-1).float().mean() for x in (start, result.tokens))
-    print(f"right: {before:.1%} of the words before, {after:.1%} after")
-    return float(after)
+    right = (result.tokens == clean).all(-1).float().mean().item()
+    print(f"{right:.1%} of 500 such texts are right after revision, none was before")
+    return right
 
 
 if __name__ == "__main__":
