@@ -208,7 +208,7 @@ def main():
     parser.add_argument("--targets", default="sm_80,sm_90,sm_100,gfx942")
     parser.add_argument("--shapes", help=f"default all: {', '.join(SHAPES)}; --brief: {BRIEF}")
     parser.add_argument("--only", default="", help="kernels whose name holds this")
-    parser.add_argument("--brief", action="store_true", help="fewer shapes, no disassembly")
+    parser.add_argument("--brief", action="store_true", help="fewer shapes and switches")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows and versions")
     options = parser.parse_args()
     began = time.time()
