@@ -50,7 +50,8 @@ VARIANTS = {  # gamma, rotate: four settings of Eq. 2; the paper does not state 
 }
 TRAINING = {"batch_size": 64, "learning_rate": 2.5e-3}
 TASK = (4, 20)  # wrong cells of a board in the paper's task
-TEST_SEED, VALIDATION_SEED = 1_000_000, 2_000_000  # training boards use the seeds below
+TEST_SEED = 1_000_000  # training boards use the seeds below
+VALIDATION_SEED = 2_000_000
 
 # ------------------------------------------------------------------------------------------------
 # Boards and the paper's four metrics; exact is (tokens == clean).all(-1)
@@ -290,9 +291,8 @@ def revise_boards(
     editable = (start == MASK) | (not solve)
     # With history a state that returns is no dead end, as the memory still grows.
     patience = max_turns if gamma or rule else None
-    return rm.revise(
-        model, start, MASK, history, max_turns, editable, reveal, True, patience, rule
-    )
+    how = {"trace": True, "patience": patience, "rule": rule}
+    return rm.revise(model, start, MASK, history, max_turns, editable, reveal, **how)
 
 
 def evaluate(
@@ -370,6 +370,26 @@ def new_model(device: torch.device | str = "cpu", width: int = 128) -> rm.MaskDi
     return rm.MaskDiffusionTransformer(config).to(device)
 
 
+def training_options(variant: str, settings: Settings, pool: Tensor) -> dict:
+    """What rm.train is told about a variant; pool as in sample_batch."""
+    gamma, rotate = VARIANTS[variant]
+    plain = variant == "plain"
+    guess = settings.second_guess
+    options = {
+        "sample": partial(sample_batch, pool=pool, plain=plain, second_guess=guess),
+        "mask_id": MASK,
+        "gamma": gamma if settings.gamma is None else settings.gamma,
+        "rotate": rotate if settings.rotate is None else settings.rotate,
+        "own_states": 0.0 if plain else settings.own_states,
+        "accept": is_valid,  # a row that goes on ends by the rules of Sudoku, not by the truth
+        "compile": settings.compile,
+        **TRAINING,
+    }
+    if variant == "direct":
+        options |= {"oracle": truth_everywhere, "rule": direct_replacement}
+    return options
+
+
 def train_variant(
     variant: str, settings: Settings, out: Path, device: torch.device, seed: int = 0
 ) -> dict:
@@ -392,39 +412,23 @@ def train_variant(
 
     torch.manual_seed(seed)
     model = new_model(device)
-    gamma = VARIANTS[variant][0] if settings.gamma is None else settings.gamma
-    rotate = VARIANTS[variant][1] if settings.rotate is None else settings.rotate
-    plain, direct = variant == "plain", variant == "direct"
-    guess = settings.second_guess
-    options = {
-        "sample": partial(sample_batch, pool=pool.to(device), plain=plain, second_guess=guess),
-        "mask_id": MASK,
-        "gamma": gamma,
-        "rotate": rotate,
-        "own_states": 0.0 if plain else settings.own_states,
-        "accept": is_valid,  # a row that goes on ends by the rules of Sudoku, not by the truth
-        "oracle": truth_everywhere if direct else rm.oracle_action,
-        "rule": direct_replacement if direct else rm.decide,
-        "compile": settings.compile,
-        "seed": seed,
-        **TRAINING,
-    }
+    options = training_options(variant, settings, pool.to(device)) | {"seed": seed}
     notes = rm.resume_notes(resume, asked)
     if notes is None:
         trial = rm.train(new_model(device), steps=40, warmup=40, **options)
         steps = settings.steps or rm.steps_in(settings.minutes, trial)
         notes = {"steps": steps, "curve": [], "settings": asked}
-    steps, curve = notes["steps"], notes["curve"]
+    steps = notes["steps"]
+    curve = notes["curve"]
     every = max(1, min(250, steps // 8))
-    options |= {"checkpoint": resume, "checkpoint_every": every, "notes": notes}
-    score = partial(evaluate, model, gamma, rotate)
-    main = rm.is_main_process()
-    if main:
+    score = partial(evaluate, model, options["gamma"], options["rotate"])
+    if rm.is_main_process():
         print(f"{variant}, seed {seed}: {steps} steps of {TRAINING['batch_size']} boards, {device}")
 
-    for step, stats in rm.train(model, steps=steps, **options):
+    files = {"checkpoint": resume, "checkpoint_every": every, "notes": notes}
+    for step, stats in rm.train(model, steps=steps, **options, **files):
         scored = step % every == 0 or step == steps
-        if scored and main:
+        if scored and rm.is_main_process():
             now = score(validation, start, settings.max_turns, MAKE_RULE.get(variant))
             losses = {role: stats[role].item() for role in ("reveal", "remask", "keep")}
             shares = {key: now[key] for key in ("exact", "valid", "n")}
@@ -432,7 +436,7 @@ def train_variant(
         if scored or step % max(1, every // 10) == 0:
             last = [f"{key} {curve[-1][key]:.1%}" for key in ("exact", "valid") if curve]
             rm.show_progress(step, steps, stats, " ".join(last))
-    if not main:
+    if not rm.is_main_process():
         return {}
 
     about = {
@@ -440,8 +444,8 @@ def train_variant(
         "seed": seed,
         "steps": steps,
         "minutes": curve[-1]["minutes"],
-        "gamma": gamma,
-        "rotate": rotate,
+        "gamma": options["gamma"],
+        "rotate": options["rotate"],
         "settings": asked,
         "training": TRAINING,
         "compiled": settings.compile,
@@ -544,8 +548,7 @@ def study_turns(trained: tuple, clean: Tensor, start: Tensor, _: int, path: Path
 
 
 def study_severity(trained: tuple, clean: Tensor, _: Tensor, max_turns: int, path: Path) -> dict:
-    """Accuracy against the number of wrong cells, on a fourth of the boards; training revises 4
-    to 20 wrong cells, rarely up to 60."""
+    """Accuracy against the number of wrong cells, 4 to 20 in training; a fourth of the boards."""
     clean = clean[: max(1, len(clean) // 4)]
     rows = []
     for cells in (1, *range(2, 41, 2)):
@@ -612,7 +615,8 @@ def visible_decisions(
     seen = []
     for rows in torch.arange(len(clean)).split(500):
         history = HistoryReference(model.embedding.detach(), gamma, rotate)
-        tokens, truth = start[rows].to(device), clean[rows].to(device)
+        tokens = start[rows].to(device)
+        truth = clean[rows].to(device)
         for turn in range(1, max_turns + 1):  # revise, but with the truth at hand
             with torch.no_grad():
                 logits = model(history.push(tokens))
@@ -625,7 +629,8 @@ def visible_decisions(
             if not going.any():
                 break
             history.keep(going)
-            tokens, truth = following[going], truth[going]
+            tokens = following[going]
+            truth = truth[going]
     return torch.cat(seen)
 
 
@@ -677,7 +682,8 @@ def animate(path: Path, trace: Tensor, clues: Tensor) -> None:
 
     def frame(index: int) -> None:
         turn = min(index, len(trace) - 1)  # the last state stays a while
-        now, before = trace[turn].unsqueeze(-1), trace[max(turn - 1, 0)].unsqueeze(-1)
+        now = trace[turn].unsqueeze(-1)
+        before = trace[max(turn - 1, 0)].unsqueeze(-1)
         color = torch.where(now == MASK, amber, torch.where(now == before, white, green))
         axis.clear()
         axis.imshow(color.view(9, 9, 3).numpy())
@@ -725,7 +731,8 @@ def show_revision(
         animate(gif, trace, (board != MASK) & solve)
     valid = bool(is_valid(now))
     text = "".join(map(str, now.tolist()))
-    turns, status = result.turns[0], result.status[0]
+    turns = result.turns[0]
+    status = result.status[0]
     print(f"{status} after {turns} turns; {'valid' if valid else 'not valid'}")
     return {"board": text, "turns": turns, "status": status, "valid": valid}
 
