@@ -94,9 +94,8 @@ def _small_vocabulary_sum(states: Tensor, embedding: Tensor, gamma: float, rotat
     """
     turns, vocabulary = len(states), len(embedding)
     ages = torch.arange(turns - 1, -1, -1, device=states.device).view(-1, 1, 1)
-    table = wide(embedding).expand(turns, -1, -1)
-    if rotate:
-        table = rotate_pairs(table, -ages)
+    table = wide(embedding)  # [V, D]
+    table = rotate_pairs(table, -ages) if rotate else table.expand(turns, -1, -1)
     table = (table * (gamma ** ages.double()).to(table.dtype)).flatten(0, 1)  # row k*V + v
 
     row = states + vocabulary * ages.flip(0)

@@ -376,6 +376,8 @@ def main() -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help=where)
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}\n")
     options = parser.parse_args()
+    if options.json and options.json.is_dir():
+        parser.error(f"--json {options.json} is a folder")
     if options.compile:
         path = (options.json or ROOT / "results/kernels_compiled.json").resolve()
         command = [sys.executable, str(ROOT / "tests/aot.py"), "--json", str(path)]
