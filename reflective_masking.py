@@ -13,8 +13,8 @@ Huang, Zhou, 2026, arXiv 2606.16700.  Part I is the method:
 Part II is training and files for the three scripts; Part I uses nothing of it, and copies out with
 history.py and kernels.py.  Shapes: B sequences, N positions, V vocabulary with MASK, D width.
 What differs from the paper: a role's loss is divided by the number of all editable positions, so
-that the three add up to the plain cross-entropy.  Ours, and off by default: second guesses
-(sample_trajectory) and a bias for positions that share a coordinate (TransformerConfig).
+that the three add up to the plain cross-entropy; Sudoku's attention has a bias for cells that share
+a row, column or box (TransformerConfig).
 """
 
 from collections import Counter
@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kernels
-from history import ABSENT, HistoryReference, history_embedding, wide
+from history import ABSENT, HistoryReference, history_embedding, rms_norm, rotate_pairs, wide
 from kernels import check_decision, check_head, check_ids, require, use_triton
 
 # ------------------------------------------------------------------------------------------------
@@ -185,86 +185,71 @@ def revision_loss(
 
 
 def uniform_wrong(
-    clean: Tensor, choices: Tensor, count: int = 1, generator: torch.Generator | None = None
+    clean: Tensor, choices: Tensor, generator: torch.Generator | None = None
 ) -> Tensor:
     """A fixed corruption law: tokens drawn uniformly from choices, never the clean one.
 
     clean: int64 [B, N], each one of choices where the result is used.  choices: int64 [C],
-    different tokens, C >= 2.  Returns int64 [count, B, N].
+    different tokens, C >= 2.  Returns int64 [B, N].
     """
     different = len(choices.unique()) == len(choices) > 1
     require(different, f"choices must be two or more different tokens, got {choices.tolist()}")
-    shape = (count, *clean.shape)
+    shape = clean.shape
     drawn = torch.randint(len(choices) - 1, shape, generator=generator, device=clean.device)
     wrong = choices[drawn]  # one of the first C - 1; the truth becomes the last: uniform again
     return torch.where(wrong == clean, choices[-1], wrong)
 
 
 def topk_wrong(
-    logits: Tensor, clean: Tensor, mask_id: int, k: int = 8, count: int = 1,
+    logits: Tensor, clean: Tensor, mask_id: int, k: int = 8,
     generator: torch.Generator | None = None,
 ) -> Tensor:  # fmt: skip
     """Plausible mistakes: uniform over the k likeliest tokens of a frozen model.
 
     logits: float [B, N, V], the model's at masked positions (one forward pass); the truth, MASK and
-    tokens at -inf are never drawn.  Returns [count, B, N].  ValueError: no wrong token is left.
+    tokens at -inf are never drawn.  Returns [B, N].  ValueError: no wrong token is left.
     """
     allowed = logits.scatter(-1, clean.unsqueeze(-1), -torch.inf)
     allowed[..., mask_id] = -torch.inf
-    k = max(1, min(k, logits.shape[-1] - 2))
-    ranked = allowed.topk(k, dim=-1)
-    possible = (ranked.values > -torch.inf).sum(-1, keepdim=True)
+    ranked = allowed.topk(max(1, min(k, logits.shape[-1] - 2)), dim=-1)
+    possible = (ranked.values > -torch.inf).sum(-1)
     require(bool((possible > 0).all()), "logits leave no wrong token to draw at some position")
-    shape = (*clean.shape, count)
-    pick = torch.randint(k, shape, generator=generator, device=clean.device)
-    if (possible < k).any():  # there uniform over the fewer that are possible
-        uniform = torch.rand(shape, generator=generator, device=clean.device)
-        pick = torch.where(possible < k, (uniform * possible).long(), pick)
-    return ranked.indices.gather(-1, pick).movedim(-1, 0)
+    uniform = torch.rand(clean.shape, generator=generator, device=clean.device)
+    pick = (uniform * possible).long()  # ~ U{0..possible-1}
+    return ranked.indices.gather(-1, pick.unsqueeze(-1)).squeeze(-1)
 
 
 def sample_trajectory(
     clean: Tensor, editable: Tensor, wrong: Tensor, mask_id: int, T: int = 6,
-    p_wrong: float | Tensor = 0.5, second_guess: float = 0.0,
-    generator: torch.Generator | None = None,
+    p_wrong: float | Tensor = 0.5, generator: torch.Generator | None = None,
 ) -> Tensor:  # fmt: skip
     """Synthetic revisions x(0), ..., x(T): no rollouts, every position on its own clock.
 
-    Each editable position starts wrong or masked; elsewhere the truth stands throughout.
+    Each position that takes part starts wrong or masked; elsewhere the truth stands throughout.
         wrong (probability p_wrong)   w until beta, M until mu, then x*;
                                       beta ~ U{1..T-1}, mu ~ U{beta+1..T}
         mask                          M until mu, then x*;  mu ~ U{1..T}
-    second_guess (ours; the paper's law at 0): the probability that what comes at mu is another
-    wrong token, re-masked at a time ~ U{mu+1..T+1} and made right at one ~ U{that+1..T+2}.
-    clean: int64 [B, N], x*.  editable: bool [B, N]: some of the positions that may be edited, for
-    with all of them x(0) holds no right token.  wrong: int64 [B, N] or [count, B, N], two with
-    second guesses.  p_wrong (0.5 is ours): a number, or a float tensor that broadcasts to [B, N].
-    Train on x(t), t ~ U{0..T-1}.  Returns int64 [T+1, B, N].  ValueError: wrong shapes.
+    clean: int64 [B, N], x*.  editable: bool [B, N], the positions that take part: not all, for then
+    x(0) holds no right token.  wrong: int64 [B, N].  p_wrong (0.5 is ours): a number, or a float
+    tensor that broadcasts to [B, N].  Train on x(t), t ~ U{0..T-1}.  Returns int64 [T+1, B, N].
+    ValueError: wrong shapes.
     """
-    wrong = wrong.unsqueeze(0) if wrong.ndim == clean.ndim else wrong
-    fits = wrong.shape[1:] == clean.shape == editable.shape
+    fits = wrong.shape == clean.shape == editable.shape
     shapes = f"{[*editable.shape]} and {[*wrong.shape]}, clean is {[*clean.shape]}"
     require(fits, f"editable and wrong must fit clean, got {shapes}")
     require(T >= 2, f"T must be at least 2, got {T}")
-    require(not second_guess or len(wrong) > 1, "second_guess needs wrong of shape [2, B, N]")
 
     def uniform() -> Tensor:
         return torch.rand(clean.shape, generator=generator, device=clean.device)
 
-    def time_from(low: Tensor | int, high: int) -> Tensor:  # U{low..high}
+    def time_from(low: Tensor | int, high: int) -> Tensor:  # ~ U{low..high}
         return low + (uniform() * (high + 1 - low)).long()
 
     starts_wrong = uniform() < p_wrong
     beta = torch.where(starts_wrong, time_from(1, T - 1), 0)
     mu = torch.where(starts_wrong, time_from(beta + 1, T), time_from(1, T))
     step = torch.arange(T + 1, device=clean.device).view(-1, 1, 1)
-    states = torch.where(step < beta, wrong[0], torch.where(step < mu, mask_id, clean))
-    if second_guess:
-        guesses_again = uniform() < second_guess
-        beta = time_from(mu + 1, T + 1)  # T + 1 and T + 2 come after the trajectory's end
-        last_mu = time_from(beta + 1, T + 2)
-        guess = torch.where(step < beta, wrong[1], torch.where(step < last_mu, mask_id, clean))
-        states = torch.where(guesses_again & (step >= mu), guess, states)
+    states = torch.where(step < beta, wrong, torch.where(step < mu, mask_id, clean))
     return torch.where(editable, states, clean)
 
 
@@ -503,25 +488,24 @@ class MaskDiffusionTransformer(nn.Module):
 # 6. The method in a minute:  python reflective_masking.py
 
 
-def demo(steps: int = 300, letters: int = 6) -> float:
-    """Words written four times, three letters wrong: trains, shows a revision, scores 500."""
+def demo(steps: int = 300) -> float:
+    """Words of 6 letters, written four times, three letters wrong: trains, revises, scores 500."""
     torch.manual_seed(0)
-    mask_id, length = 0, 4 * letters  # the letters are 1 to 26
-    places = [[n // letters, n % letters] for n in range(length)]  # which copy, which letter
-    config = TransformerConfig(27, length, width=64, layers=2, feed_forward=256, coordinates=places)
+    places = [[n // 6, n % 6] for n in range(24)]  # which copy, which letter
+    config = TransformerConfig(27, 24, width=64, layers=2, feed_forward=256, coordinates=places)
     model = MaskDiffusionTransformer(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
 
     def examples(count: int) -> tuple[Tensor, Tensor, Tensor]:
-        clean = torch.randint(1, 27, (count, letters)).repeat(1, 4)
-        chosen = torch.rand(count, length).argsort(-1) < 3  # where it starts wrong or masked
-        return clean, chosen, uniform_wrong(clean, torch.arange(1, 27))[0]
+        clean = torch.randint(1, 27, (count, 6)).repeat(1, 4)  # letters are 1 to 26, MASK is 0
+        chosen = torch.rand(count, 24).argsort(-1) < 3  # where it starts wrong or masked
+        return clean, chosen, uniform_wrong(clean, torch.arange(1, 27))
 
     for step in range(1, steps + 1):
         clean, chosen, wrong = examples(64)
-        trajectory = sample_trajectory(clean, chosen, wrong, mask_id)
+        trajectory = sample_trajectory(clean, chosen, wrong, mask_id=0)
         states = history_until(trajectory, torch.randint(6, (64,)))
-        target, role = oracle_action(states[-1], clean, mask_id)
+        target, role = oracle_action(states[-1], clean, mask_id=0)
         loss = revision_loss(model(history_embedding(states, model.embedding)), target, role)
         optimizer.zero_grad()
         loss.total.backward()
@@ -530,11 +514,10 @@ def demo(steps: int = 300, letters: int = 6) -> float:
             print(f"step {step}  loss {loss.total:.3f}")
 
     clean, chosen, wrong = examples(500)
-    start = torch.where(chosen, wrong, clean)
     history = HistoryReference(model.embedding.detach())
-    result = revise(model, start, mask_id, history, trace=True)
+    result = revise(model, torch.where(chosen, wrong, clean), 0, history, trace=True)
     for turn, state in enumerate(result.trace[: result.turns[0] + 1, 0].tolist()):
-        print(f"turn {turn}  " + "".join("_" if x == mask_id else chr(96 + x) for x in state))
+        print(f"turn {turn}  " + "".join(chr(96 + x) if x else "_" for x in state))
     right = (result.tokens == clean).all(-1).float().mean().item()
     print(f"{right:.1%} of 500 such texts are right after revision, none was before")
     return right
@@ -570,26 +553,25 @@ import torch.distributed as dist
 # states int64 [K, B, N] oldest first (history_until), clean int64 [B, N], editable bool [B, N] or
 # None: the positions that have a loss.  With a fourth element, float [B, N], it is mask_loss's.
 Batch = tuple[Tensor, Tensor, Tensor | None] | tuple[Tensor, Tensor, Tensor | None, Tensor]
+OWN_TURNS = 64  # of a row that goes on from its own decisions
 
 
 def train(
     model: nn.Module, sample: Callable[[int, torch.Generator], Batch], steps: int, mask_id: int,
     batch_size: int = 64, gamma: float = 0.9, rotate: bool = True, learning_rate: float = 2.5e-3,
-    muon_factor: float = 8, warmup: int = 200, weights: tuple[float, float, float] = (1, 1, 1),
-    own_states: float = 0.0, window: int = 12, accept: Callable[[Tensor], Tensor] | None = None,
-    compile: bool = False, checkpoint: Path | None = None, checkpoint_every: int = 500,
-    notes: dict | None = None, seed: int = 0, oracle: Callable = oracle_action,
-    rule: Callable[..., Tensor] = decide,
+    muon_factor: float = 8, warmup: int = 200, own_states: float = 0.0, compile: bool = False,
+    checkpoint: Path | None = None, checkpoint_every: int = 500, notes: dict | None = None,
+    seed: int = 0, oracle: Callable = oracle_action, rule: Callable[..., Tensor] = decide,
 ) -> Iterator[tuple[int, dict]]:  # fmt: skip
     """Trains in place; yields (step, stats) after every step: for step, stats in train(...).
 
     sample(batch_size, generator) returns a Batch on the model's device; the generator is seeded by
-    (seed, step), so that a run can go on anywhere.  gamma, rotate: Eq. 2.  weights: revision_loss.
-    own_states, window, accept: see OwnStates.  oracle, rule: labels and decision of baselines.
+    (seed, step), so that a run can go on anywhere.  gamma, rotate: Eq. 2.  own_states: the share of
+    the batch that OwnStates carries on.  oracle, rule: labels and decision of baselines.
     compile: torch.compile the network.  checkpoint: a file, written every checkpoint_every steps
     and at Ctrl-C, with notes; where it exists the run goes on from it, on CPU with the result of an
     unbroken run.  Under torchrun P processes share each batch, and train as one would.
-    stats: loss, reveal, remask, keep (nats, 0-d tensors), learning_rate, seconds of training.
+    stats: loss, reveal, remask, keep (nats, 0-d tensors), seconds of training.
     InputError: the loss or its gradient is not finite; the last checkpoint stays.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -599,8 +581,8 @@ def train(
     forward = make_forward(model, gamma, rotate, compile)
     optimization = make_optimizers(model, learning_rate, muon_factor, warmup, steps)
     generator = torch.Generator(device)
-    own_rows = torch.arange(rank, batch_size, world) < round(own_states * batch_size)
-    own = OwnStates(own_rows.view(-1, 1).to(device), window, accept)
+    own_rows = torch.arange(rank, batch_size, world, device=device) < round(own_states * batch_size)
+    own = OwnStates(own_rows.view(-1, 1))
     start = 0
     seconds = 0.0
     if checkpoint and checkpoint.exists():
@@ -622,20 +604,21 @@ def train(
             states, clean, editable, *position_weight = sample(batch_size, generator)
             states, clean = states[:, rank::world], clean[rank::world]
             editable = None if editable is None else editable[rank::world]
+            past = None
             if own_states:
-                states, clean, editable = own.continue_batch(states, clean, editable)
+                states, clean, editable, past = own.continue_batch(states, clean, editable)
             target, role = oracle(states[-1], clean, mask_id, editable)
-            logits = forward(states)
+            logits, total = forward(states, past)
             if position_weight:
                 loss = mask_loss(logits, target, role, position_weight[0][rank::world])
             else:
-                loss = revision_loss(logits, target, role, weights)
+                loss = revision_loss(logits, target, role)
             gradient_norm = update(model, loss.total, role, optimization)
             if not gradient_norm.isfinite():
                 found = f"the loss is {loss.total.item()}, its gradient {gradient_norm.item()}"
                 raise InputError(f"{found} at step {step + 1}")
             if own_states:
-                own.carry(rule(logits.detach(), states[-1], mask_id, editable))
+                own.carry(rule(logits.detach(), states[-1], mask_id, editable), total.detach())
             seconds += time.perf_counter() - began
 
             yield step + 1, {
@@ -643,7 +626,6 @@ def train(
                 "reveal": loss.reveal,
                 "remask": loss.remask,
                 "keep": loss.keep,
-                "learning_rate": optimization[0].param_groups[0]["lr"],
                 "seconds": seconds,
             }
             if checkpoint and (received or (step + 1) % checkpoint_every == 0):
@@ -663,7 +645,7 @@ def train(
 
 
 def make_forward(model: nn.Module, gamma: float, rotate: bool, compile: bool) -> nn.Module:
-    """States -> logits: all that has a gradient in one module, so that DDP sees it."""
+    """(states, past) -> (logits, a(t)): all that has a gradient in one module, as DDP wants it."""
     network = torch.compile(model) if compile else model
 
     class Forward(nn.Module):
@@ -671,10 +653,13 @@ def make_forward(model: nn.Module, gamma: float, rotate: bool, compile: bool) ->
             super().__init__()
             self.model = model
 
-        def forward(self, states: Tensor) -> Tensor:
-            inputs = history_embedding(states, self.model.embedding, gamma, rotate)
-            with mixed_precision(inputs.device):
-                return network(inputs).float()
+        def forward(self, states: Tensor, past: Tensor | None) -> tuple[Tensor, Tensor]:
+            total = history_embedding(states, self.model.embedding, gamma, rotate, normalize=False)
+            if past is not None and gamma:
+                past = rotate_pairs(past, -1) if rotate else past
+                total = total + gamma * past  # Eq. 2, the recurrence
+            with mixed_precision(total.device):
+                return network(rms_norm(total)).float(), total
 
     return nn.parallel.DistributedDataParallel(Forward()) if dist.is_initialized() else Forward()
 
@@ -763,40 +748,38 @@ class OwnStates:
     """Ours: rows of the batch that go on from the model's own decision of the step before.
 
     Eq. 1 on the logits of the training step, so no forward pass more; the oracle labels any state.
-    rows: bool [B, 1], which do.  A row ends when it settles, has window states, or accept (int64
-    [B, N] -> bool [B], a check without the truth such as a puzzle's rules) says it is good.
+    A row carries a(t) of Eq. 2, without its gradient, and ends when it settles or is OWN_TURNS old.
+    rows: bool [B, 1], which do.
     """
 
-    def __init__(self, rows: Tensor, window: int, accept: Callable[[Tensor], Tensor] | None):
+    def __init__(self, rows: Tensor):
         self.rows = rows
-        self.window = window
-        self.accept = accept
         self.carried: dict[str, Tensor] | None = None
 
-    def continue_batch(self, states, clean, editable) -> tuple[Tensor, Tensor, Tensor]:
-        """The batch, with the carried rows in the place of new ones."""
-        missing = self.window - len(states)
-        require(missing >= 0, f"window {self.window} is shorter than {len(states)} states")
-        states = torch.cat([states.new_full((missing, *clean.shape), ABSENT), states])
+    def continue_batch(self, states, clean, editable) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """states, clean, editable with the carried rows in the place of new ones; a(t-1) or 0."""
         if editable is None:
             editable = torch.ones_like(clean, dtype=torch.bool)
+        past = None
+        age = torch.zeros_like(self.rows, dtype=torch.long)
         if self.carried:
             goes_on = self.carried["goes_on"]
-            states = torch.where(goes_on, self.carried["states"], states)
+            current = torch.full_like(states, ABSENT)  # what came before is in a(t-1)
+            current[-1] = self.carried["tokens"]
+            states = torch.where(goes_on, current, states)
             clean = torch.where(goes_on, self.carried["clean"], clean)
             editable = torch.where(goes_on, self.carried["editable"], editable)
-        self.carried = {"states": states, "clean": clean, "editable": editable}
-        return states, clean, editable
+            past = self.carried["past"] * goes_on.unsqueeze(-1)
+            age = (self.carried["age"] + 1) * goes_on
+        self.carried = {"tokens": states[-1], "clean": clean, "editable": editable, "age": age}
+        return states, clean, editable, past
 
-    def carry(self, following: Tensor) -> None:
-        """Keeps the model's next states, int64 [B, N], for the next step."""
-        states = self.carried["states"]
-        moves = (following != states[-1]).any(-1, keepdim=True)
-        if self.accept is not None:
-            moves &= ~self.accept(following).unsqueeze(-1)
-        has_room = states[0, :, :1] == ABSENT
-        self.carried["goes_on"] = self.rows & moves & has_room
-        self.carried["states"] = torch.cat([states[1:], following.unsqueeze(0)])
+    def carry(self, following: Tensor, total: Tensor) -> None:
+        """Keeps the model's next states, int64 [B, N], and a(t), [B, N, D], for the next step."""
+        moves = (following != self.carried["tokens"]).any(-1, keepdim=True)
+        self.carried["goes_on"] = self.rows & moves & (self.carried["age"] < OWN_TURNS)
+        self.carried["tokens"] = following
+        self.carried["past"] = total
 
 
 def gather(value) -> list:
@@ -821,24 +804,82 @@ def signals_wait() -> Iterator[list[int]]:
             signal.signal(name, handler)
 
 
-def steps_in(minutes: float, run: Iterator[tuple[int, dict]]) -> int:
-    """How many steps fit the time here: times a short run of a throw-away model after a fourth."""
-    seconds = torch.tensor([stats["seconds"] for _, stats in run])
-    warm = len(seconds) // 4
-    each = (seconds[-1] - seconds[warm - 1]) / (len(seconds) - warm)
-    return max(1, int(minutes * 60 / gather(float(each))[0]))  # the same for every process
+class Run:
+    """One training's files: PATH.resume.pt while it goes on, PATH.pt and PATH.json once it is done.
+
+    path: without an ending.  settings: what a run must share to go on, or to count as done.
+    record: the finished run's, else None.  notes: what the resume file keeps; notes["curve"] is a
+    list of points, and a script may add to them.  InputError: files of other settings.
+    """
+
+    def __init__(self, path: Path, settings: dict):
+        self.path = path
+        self.record = None
+        self.notes = {"settings": settings, "curve": []}
+        self.resume = path.with_name(f"{path.name}.resume.pt")
+        done = path.with_name(f"{path.name}.json")
+        if done.exists():
+            self.record = read_record(done)
+            require_same(settings, self.record["settings"], done)
+            if is_main_process():
+                print(f"{done} is there: done", flush=True)
+        elif self.resume.exists():
+            self.notes = read_torch(self.resume).get("notes")
+            if not self.notes:
+                raise InputError(f"{self.resume} is no training state: delete it to start anew")
+            require_same(settings, self.notes["settings"], self.resume)
+        self.curve = self.notes["curve"]
+
+    def files(self, every: int) -> dict:
+        """Options of train: the resume file, written every so many steps."""
+        return {"checkpoint": self.resume, "checkpoint_every": every, "notes": self.notes}
+
+    def show(self, step: int, steps: int, stats: dict, scores: dict | None = None) -> None:
+        """A line with losses, last scores and time left; given scores, a point of the curve too."""
+        if not is_main_process():
+            return
+        point = {"step": step, "minutes": stats["seconds"] / 60}
+        point |= {name: float(stats[name]) for name in ("reveal", "remask", "keep")}
+        if scores is not None:
+            self.curve.append(point | scores)
+        shown = (self.curve[-1] if self.curve else {}) | point
+        text = " ".join(f"{name} {shown[name]:.3f}" for name in [*shown][2:])
+        left = stats["seconds"] / step * (steps - step)
+        line = f"{self.path.name} {step}/{steps} {text} {left // 60:.0f}:{left % 60:02.0f} left"
+        terminal = sys.stdout.isatty()
+        end = "" if terminal and step < steps else "\n"
+        print(f"\r{line}\033[K" if terminal else line, end=end, flush=True)
+
+    def finish(self, model: nn.Module, task: str, **record) -> dict:
+        """The record, completed; writes it beside the checkpoint, which holds it as its info."""
+        record |= {
+            "settings": self.notes["settings"],
+            "curve": self.curve,
+            "params": sum(p.numel() for p in model.parameters()),
+            "provenance": provenance(),
+        }
+        if is_main_process():
+            save_checkpoint(self.path.with_name(f"{self.path.name}.pt"), model, task, **record)
+            write_json(self.path.with_name(f"{self.path.name}.json"), record)
+            self.resume.unlink(missing_ok=True)
+        gather(None)  # under torchrun the others wait: what comes next may read the files
+        return record
 
 
-def show_progress(step: int, steps: int, stats: dict, text: str = "") -> None:
-    """One line with the losses, text and the time left; rewritten in place on a terminal."""
-    if not is_main_process():
-        return
-    losses = " ".join(f"{name} {float(stats[name]):.4f}" for name in ("reveal", "remask", "keep"))
-    left = stats["seconds"] / step * (steps - step)
-    line = f"step {step}/{steps} loss: {losses} {text} {left // 60:.0f}:{left % 60:02.0f} left"
-    terminal = sys.stdout.isatty()
-    end = "" if terminal and step < steps else "\n"
-    print(f"\r{line}\033[K" if terminal else line, end=end, flush=True)
+def read_record(path: Path) -> dict:
+    """A finished run's JSON.  Raises InputError for anything else."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        return {**record, "settings": dict(record["settings"])}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is no record: {first_line(error)}: delete it") from None
+
+
+def require_same(settings: dict, found: dict, path: Path) -> None:
+    """A run goes on, or counts as done, only under the settings it began with (InputError)."""
+    other = {key: found.get(key) for key in settings if found.get(key) != settings[key]}
+    if other:
+        raise InputError(f"{path} was made with {other}: use another --out, or delete it")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1024,39 +1065,6 @@ def read_torch(path: Path, device: torch.device | str = "cpu") -> dict:
     return saved
 
 
-def resume_notes(path: Path, settings: dict) -> dict | None:
-    """The notes of an unfinished run of the same settings, where its training state exists."""
-    if not path.exists():
-        return None
-    notes = read_torch(path).get("notes")
-    if notes is None:
-        raise InputError(f"{path} is no training state: delete it to start anew")
-    require_same(settings, notes["settings"], path)
-    return notes
-
-
-def finished_record(path: Path, settings: dict) -> dict | None:
-    """The record of a run of the same settings that is done, where its JSON exists."""
-    if not path.exists():
-        return None
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        found = dict(record["settings"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is no record: {first_line(error)}: delete it") from None
-    require_same(settings, found, path)
-    if is_main_process():
-        print(f"{path} is there: done", flush=True)
-    return record
-
-
-def require_same(settings: dict, found: dict, path: Path) -> None:
-    """A run goes on, or counts as done, only under the settings it began with (InputError)."""
-    other = {key: found.get(key) for key in settings if found.get(key) != settings[key]}
-    if other:
-        raise InputError(f"{path} was made with {other}: use another --out, or delete it")
-
-
 def wilson_interval(successes: int, count: int) -> tuple[float, float]:
     """The 95 % interval of a share by Wilson's score method; (0, 1) for no data."""
     if not count:
@@ -1067,6 +1075,27 @@ def wilson_interval(successes: int, count: int) -> tuple[float, float]:
     spread = math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
     half = z / (1 + z * z / count) * spread
     return max(0.0, middle - half), min(1.0, middle + half)  # rounding may leave [0, 1]
+
+
+def bootstrap_interval(values: list[int], draws: int = 10_000) -> tuple[float, float]:
+    """The 95 % interval of the mean of values, one a prompt or board, by resampling these.
+
+    The draws are the same for as many values, so differences make it a paired bootstrap.
+    """
+    values = torch.tensor(values, dtype=torch.float)
+    generator = torch.Generator().manual_seed(0)
+    means = []
+    for _ in range(0, draws, 500):
+        resampled = torch.randint(len(values), (500, len(values)), generator=generator)
+        means.append(values[resampled].mean(-1))
+    return tuple(torch.cat(means).quantile(torch.tensor([0.025, 0.975])).tolist())
+
+
+def paired_bootstrap(ours: str, theirs: str) -> dict:
+    """Share right, ours minus theirs ("0" and "1" a case): difference and its 95 % interval."""
+    values = [int(a) - int(b) for a, b in zip(ours, theirs, strict=True)]
+    difference = sum(values) / len(values)
+    return {"difference": difference, "ci95": bootstrap_interval(values), "n": len(values)}
 
 
 def new_figure(rows: int = 1, columns: int = 1, width: float = 6.0, height: float = 3.6):
@@ -1091,6 +1120,26 @@ def save_figure(figure, path: Path) -> None:
     replace_file(path, lambda file: figure.savefig(file, dpi=150, format=kind))
     plt.close(figure)
     print(f"wrote {path}", flush=True)
+
+
+def draw_lines(
+    path: Path, lines: dict[str, list[tuple]], xlabel: str, ylabel: str, log: bool = False
+) -> None:
+    """Shares in % against x.  lines: label -> (x, share, (low, high) of 95 % or None) a point."""
+    figure, ((axis,),) = new_figure(width=5.0, height=3.4)
+    for label, points in lines.items():
+        x, share, interval = zip(*points)
+        (line,) = axis.plot(x, [100 * y for y in share], "o-", markersize=3, label=label)
+        if None not in interval:
+            low, high = ([100 * bound for bound in bounds] for bounds in zip(*interval))
+            axis.fill_between(x, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
+    if log:
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter("{x:g}")
+    axis.set(xlabel=xlabel, ylabel=ylabel)
+    axis.grid(alpha=0.3)
+    axis.legend(frameon=False)
+    save_figure(figure, path)
 
 
 # ------------------------------------------------------------------------------------------------
