@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
 import reflective_masking as rm
-from history import ABSENT, HistoryReference
+from history import ABSENT, HistoryReference, history_embedding
 from reflective_masking import CYCLE, FIXED_POINT, IGNORE, KEEP, OUT_OF_TURNS, REMASK, REVEAL
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -264,19 +264,18 @@ def test_minimiser_is_calibrated_where_visible_and_the_posterior_where_masked(we
 # -------------------------------------------------------------------------- synthetic trajectories
 
 
-def phases(T=6, second_guess=0.0, shape=(200, 100), p_wrong=0.5):
-    """The runs of each position's states, (("w", 2), ("M", 1), ("x", 4)):
-    wrong, MASK, right (x), second guess (v)."""
+def phases(T=6, shape=(200, 100), p_wrong=0.5):
+    """The runs of each position's states, (("w", 2), ("M", 1), ("x", 4)): wrong, MASK, right."""
     clean = torch.randint(1, 5, shape, generator=seeded(7))
-    wrong = torch.stack([clean % 4 + 1, (clean + 1) % 4 + 1])  # first and second guess
+    wrong = clean % 4 + 1
     free = torch.ones(shape, dtype=torch.bool)
-    states = rm.sample_trajectory(clean, free, wrong, M, T, p_wrong, second_guess, seeded(8))
+    states = rm.sample_trajectory(clean, free, wrong, M, T, p_wrong, seeded(8))
     assert states.shape == (T + 1, *shape)
     kinds = torch.full_like(states, -1)
-    for kind, token in enumerate((torch.full_like(clean, M), clean, wrong[0], wrong[1])):
+    for kind, token in enumerate((torch.full_like(clean, M), clean, wrong)):
         kinds[states == token] = kind
     columns = kinds.flatten(1).T.tolist()
-    runs = [[("Mxwv"[kind], len(list(run))) for kind, run in groupby(x)] for x in columns]
+    runs = [[("Mxw"[kind], len(list(run))) for kind, run in groupby(x)] for x in columns]
     return [tuple(run) for run in runs]
 
 
@@ -296,21 +295,6 @@ def test_trajectory_times_have_the_law_of_the_paper(T):
     assert_counts_fit(Counter(m for (_, m), _ in mask_first), {m: 1 / T for m in range(1, T + 1)})
 
 
-def test_second_guesses_have_the_documented_shape_and_law():
-    runs = phases(T=4, second_guess=1.0)
-    shapes = {"".join(kind for kind, _ in run) for run in runs}
-    assert shapes == {"wMv", "wMvM", "wMvMx", "Mv", "MvM", "MvMx"}  # cut off at T
-    law = Counter()
-    for mu in range(1, 5):  # of a position that starts with MASK
-        for beta in range(mu + 1, 6):
-            for right in range(beta + 1, 7):
-                law[mu, beta - mu, min(right, 5) - beta] += 1 / 4 / (5 - mu) / (6 - beta)
-    mask_first = [dict(run[1:]) | {"mu": run[0][1]} for run in runs if run[0][0] == "M"]
-    assert_counts_fit(Counter((run["mu"], run["v"], run.get("M", 0)) for run in mask_first), law)
-    share = sum("v" in dict(run) for run in phases(second_guess=0.25)) / 20_000
-    assert abs(share - 0.25) < 0.02
-
-
 def test_p_wrong_holds_for_each_sequence():
     runs = phases(shape=(3, 4000), p_wrong=torch.tensor([[0.0], [0.3], [1.0]]))
     starts = [runs[i : i + 4000] for i in (0, 4000, 8000)]
@@ -318,12 +302,11 @@ def test_p_wrong_holds_for_each_sequence():
     assert never == 0 and always == 1 and abs(some - 0.3) < 0.04
 
 
-@pytest.mark.parametrize("second_guess", [0.0, 0.7])
-def test_positions_that_are_not_editable_stay_true(second_guess):
+def test_positions_that_are_not_editable_stay_true():
     clean = torch.randint(1, 5, (30, 20), generator=seeded(1))
     editable = torch.rand(30, 20, generator=seeded(2)) < 0.5
-    wrong = rm.uniform_wrong(clean, torch.arange(1, 5), 2, seeded(3))
-    states = rm.sample_trajectory(clean, editable, wrong, 9, 6, 0.5, second_guess, seeded(4))
+    wrong = rm.uniform_wrong(clean, torch.arange(1, 5), seeded(3))
+    states = rm.sample_trajectory(clean, editable, wrong, 9, generator=seeded(4))
     assert (states == clean)[:, ~editable].all() and (states[0] != clean)[editable].all()
     assert set(states.unique().tolist()) == {1, 2, 3, 4, 9}
 
@@ -341,10 +324,9 @@ def test_history_until_aligns_the_current_states():
 def test_uniform_wrong_is_uniform_over_the_others():
     choices = [2, 5, 7, 9]
     clean = torch.tensor(choices).unsqueeze(-1).expand(4, 5000)
-    first, second = rm.uniform_wrong(clean, torch.tensor(choices), 2, seeded(0)).tolist()
-    for token, one, two in zip(choices, first, second):
-        pairs = product([v for v in choices if v != token], repeat=2)
-        assert_counts_fit(Counter(zip(one, two)), {pair: 1 / 9 for pair in pairs})
+    drawn = rm.uniform_wrong(clean, torch.tensor(choices), seeded(0)).tolist()
+    for token, row in zip(choices, drawn):
+        assert_counts_fit(Counter(row), {v: 1 / 3 for v in choices if v != token})
 
 
 @pytest.mark.parametrize("impossible", [0, 3, 6])
@@ -357,7 +339,8 @@ def test_topk_wrong_is_uniform_over_the_likeliest_that_are_possible(k, impossibl
     logits[1, :, 3] = 99  # and MASK is
     logits[..., 10 - impossible :] = -INF  # a vocabulary padded to a round number
     counts, law = Counter(), Counter()
-    for draw in rm.topk_wrong(logits, clean, 3, k, 5, seeded(3)):
+    for seed in range(5):
+        draw = rm.topk_wrong(logits, clean, 3, k, seeded(seed))
         cases = zip(*(x.flatten(0, 1).tolist() for x in (logits, clean, draw)))
         for row, truth, token in cases:
             others = [v for v in range(10) if v not in (truth, 3) and row[v] > -INF]
@@ -527,7 +510,7 @@ def test_revision_of_sudoku_boards_is_the_same_with_torch_triton_and_head():
     shift = torch.arange(2).unsqueeze(1)
     clean = (3 * (cell // 9 % 3) + cell // 27 + cell % 9 + shift) % 9 + 1
     order = torch.rand(2, 81, generator=seeded(1)).argsort(-1)
-    wrong = rm.uniform_wrong(clean, torch.arange(1, 10), 1, seeded(2))[0]
+    wrong = rm.uniform_wrong(clean, torch.arange(1, 10), seeded(2))
     start = torch.where(order < 20, wrong, clean).masked_fill(order > 78, M).to(DEVICE)
     head, model.head = model.head.weight, torch.nn.Identity()
     bias = torch.randn(10, generator=seeded(3)).to(DEVICE)
@@ -601,7 +584,7 @@ CLEAN = torch.tensor([[int(token) for token in word] for word in WORDS])
 
 def sample(batch_size, generator, ragged=False):
     clean = CLEAN[torch.randint(4, (batch_size,), generator=generator)]
-    wrong = rm.uniform_wrong(clean, torch.arange(1, 6), 1, generator)
+    wrong = rm.uniform_wrong(clean, torch.arange(1, 6), generator)
     share = torch.rand(batch_size, 1, generator=generator)
     cells = torch.rand(clean.shape, generator=generator) < share
     states = rm.sample_trajectory(clean, cells, wrong, M, 4, 0.5, generator=generator)
@@ -628,17 +611,32 @@ def test_train_overfits_a_handful_of_sequences_and_revision_repairs_them():
     model = new_model(layers=1)
     options = dict(steps=300, batch_size=32, warmup=20, learning_rate=5e-3)
     stats = [stats for _, stats in train(model, **options)]
-    losses, rates = [float(s["loss"]) for s in stats], [s["learning_rate"] for s in stats]
+    losses = [float(s["loss"]) for s in stats]
     assert sum(losses[-20:]) < 0.25 * sum(losses[:20])  # all MASK could be any of the four
     for s in stats:
         assert math.isclose(s["loss"], s["reveal"] + s["remask"] + s["keep"], rel_tol=1e-4)
-    assert rates[5] < rates[10] < rates[15] < max(rates) <= 5e-3 and rates[-1] < 1e-5
     clean = CLEAN.repeat(20, 1)
     order = torch.rand(80, 8, generator=seeded(1)).argsort(-1)
-    wrong = rm.uniform_wrong(clean, torch.arange(1, 6), 1, seeded(2))[0]
+    wrong = rm.uniform_wrong(clean, torch.arange(1, 6), seeded(2))
     start = torch.where(order == 0, wrong, clean).masked_fill(order == 1, M)
     got = rm.revise(model, start, M, HistoryReference(model.embedding))
     assert (got.tokens == clean).all(-1).sum() >= 72
+
+
+def test_rates_warm_up_and_fall_to_nothing():
+    model = new_model()
+    optimization = rm.make_optimizers(model, 0.01, 8, warmup=4, steps=40)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    rates = []
+    for _ in range(40):
+        adamw, muon = (part.param_groups[0]["lr"] for part in optimization[:2])
+        assert math.isclose(muon, 8 * adamw)
+        rates.append(adamw)
+        for part in optimization:
+            part.step()
+    assert rates[:3] == pytest.approx([0.0025, 0.005, 0.0075]) and rates[-1] < 1e-4
+    assert rates[20] == pytest.approx(0.005) and rates[3:] == sorted(rates[3:], reverse=True)
 
 
 def test_muon_in_float32_does_what_torch_s_does_and_they_take_over_from_each_other():
@@ -718,37 +716,34 @@ def test_training_stops_where_the_loss_or_its_gradient_is_not_finite(tmp_path, w
         assert all(weight.isfinite().all() for weight in model.parameters())
 
 
-def test_own_states_go_on_from_the_decision_of_the_step_before(monkeypatch):
-    seen, fresh, decided, closed_sum = [], [], [], rm.history_embedding
+def test_own_states_go_on_from_their_decision_with_the_closed_sum_of_all_their_states(monkeypatch):
+    model, seen, fresh, decided, lives, endings = new_model(), [], [], [], {}, Counter()
 
     def watched_sample(batch_size, generator):
         fresh.append(sample(batch_size, generator))
         return fresh[-1]
 
-    def watched_sum(states, *rest):
-        seen.append(states)
-        return closed_sum(states, *rest)
-
     def watched_rule(*rest, **more):
         decided.append(rm.decide(*rest, **more))
         return decided[-1]
 
-    def present(states, b):
-        return [row for row in states[:, b].tolist() if ABSENT not in row]
-
-    monkeypatch.setattr(rm, "history_embedding", watched_sum)
-    options = dict(rule=watched_rule, own_states=0.5, window=6, steps=20)
-    assert len(list(train(new_model(), sample=watched_sample, **options))) == 20
-    endings = Counter()
-    for before, after, new, decision in zip(seen, seen[1:], fresh[1:], decided):
+    monkeypatch.setattr(rm, "OWN_TURNS", 3)
+    model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
+    options = dict(rule=watched_rule, own_states=0.5, steps=20, learning_rate=0.0)  # same weights
+    assert len(list(train(model, sample=watched_sample, **options))) == 20
+    for step, (states, *_) in enumerate(fresh):
         for b in range(8):
-            history = present(before, b)
-            settled, full = decision[b].tolist() == history[-1], len(history) == 6
-            goes_on = b < 4 and not settled and not full
-            start = present(new[0], b)
-            assert present(after, b) == (history + [decision[b].tolist()] if goes_on else start)
-            endings[b < 4, settled, full] += 1
-    assert endings[True, False, False] > 20 and endings[True, False, True] > 0
+            history, turns = lives.get(b, ([], 0))
+            settled = step > 0 and decided[step - 1][b].tolist() == history[-1]
+            if b < 4 and step and not settled and turns < 3:
+                history, turns = [*history, decided[step - 1][b].tolist()], turns + 1
+            else:
+                endings[b < 4, settled] += step > 0
+                history, turns = [row for row in states[:, b].tolist() if ABSENT not in row], 0
+            lives[b] = history, turns
+            read = history_embedding(torch.tensor(history).unsqueeze(1), model.embedding)
+            torch.testing.assert_close(seen[step][b], read[0], rtol=1e-4, atol=1e-5)
+    assert endings[True, False] > 3 and endings[True, True] > 0
 
 
 def train_ragged(model):
@@ -807,10 +802,11 @@ STATE["notes"] = {"settings": {"steps": 11}}
 TORN = b"PK\x03\x04" + bytes(99)  # the beginning of a file that torch.save wrote
 READERS = {
     "checkpoint": lambda file: rm.load_checkpoint(file, "toy", needs=("hops",)),
-    "resume": lambda file: rm.resume_notes(file, {"steps": 12}),
+    "resume": lambda file: rm.Run(file.with_name("run"), {"steps": 12}),
     "train": lambda file: list(train(new_model(), checkpoint=file)),
-    "record": lambda file: rm.finished_record(file, {"steps": 12}),
+    "record": lambda file: rm.Run(file.with_name("run"), {"steps": 12}),
 }
+NAMES = {"resume": "run.resume.pt", "record": "run.json"}
 MISFITS = {  # what a file holds in place of what each of these wants
     "checkpoint": [
         MODEL | {"task": "text"}, MODEL | {"model": NARROW}, MODEL | {"info": {}}, {"task": "toy"},
@@ -827,7 +823,7 @@ MISFITS = [(reader, n, one) for reader, list_ in MISFITS.items() for n, one in e
 
 @pytest.mark.parametrize("reader, n, contents", MISFITS, ids=[f"{r}-{n}" for r, n, _ in MISFITS])
 def test_a_file_that_does_not_fit_is_named_in_one_line(tmp_path, capsys, reader, n, contents):
-    file = tmp_path / "file"
+    file = tmp_path / NAMES.get(reader, "file")
     if isinstance(contents, bytes):
         file.write_bytes(contents)
     else:
@@ -837,14 +833,32 @@ def test_a_file_that_does_not_fit_is_named_in_one_line(tmp_path, capsys, reader,
     assert file.read_bytes() == before and list(tmp_path.iterdir()) == [file]
 
 
-def test_runs_go_on_and_count_as_done_under_their_own_settings(tmp_path, capsys):
-    file = tmp_path / "file"
-    assert rm.finished_record(file, {"steps": 12}) is rm.resume_notes(file, {"steps": 12}) is None
-    assert str(file) in one_line(capsys, lambda: rm.load_checkpoint(file, "toy"))
-    torch.save(STATE, file)
-    assert rm.resume_notes(file, {"steps": 11}) == STATE["notes"]
-    file.write_text(json.dumps({"settings": {"steps": 12, "more": 1}, "exact": 0.5}))
-    assert rm.finished_record(file, {"steps": 12})["exact"] == 0.5
+def test_a_run_goes_on_and_counts_as_done_under_its_own_settings(tmp_path, capsys):
+    model, path, settings = new_model(), tmp_path / "v1.5", {"steps": 4}
+    run = rm.Run(path, settings)
+    run.notes["planned"] = 4
+    for step, stats in train(model, steps=4, **run.files(every=2)):
+        run.show(step, 4, stats, {"exact": step / 4} if step == 2 else None)
+        if step == 3:
+            break
+    again = rm.Run(path, settings)
+    assert again.record is None and again.notes["planned"] == 4
+    assert [(point["step"], point["exact"]) for point in again.curve] == [(2, 0.5)]
+    record = again.finish(model, "toy", variant="rm")
+    assert {path.name for path in tmp_path.iterdir()} == {"v1.5.pt", "v1.5.json"}
+    assert rm.Run(path, settings).record == json.loads(json.dumps(record))
+    assert rm.load_checkpoint(tmp_path / "v1.5.pt", "toy")[1]["variant"] == "rm"
+    assert "exact 0.500" in capsys.readouterr().out
+    assert str(path) in one_line(capsys, lambda: rm.Run(path, {"steps": 5}))
+
+
+def test_paired_bootstrap_covers_the_mean_and_knows_equal_answers():
+    same = rm.paired_bootstrap("0110" * 50, "0110" * 50)
+    assert (same["difference"], same["ci95"], same["n"]) == (0, (0, 0), 200)
+    better = rm.paired_bootstrap("1110" * 50, "0110" * 50)
+    half = 1.96 * math.sqrt(0.25 * 0.75 / 200)  # of the mean of 200 zeros and ones
+    assert better["difference"] == 0.25
+    assert better["ci95"] == pytest.approx((0.25 - half, 0.25 + half), abs=0.01)
 
 
 def test_fingerprint_tells_other_data_and_other_borders_apart():
@@ -1045,7 +1059,6 @@ BAD = {
     "role": lambda: rm.revision_loss(ZEROS, ONES, ONES[0]),
     "target": lambda: rm.revision_loss(ZEROS, ONES + 4, ONES),
     "T must": lambda: rm.sample_trajectory(ONES, FREE, ONES + 1, M, T=1),
-    "second_guess": lambda: rm.sample_trajectory(ONES, FREE, ONES + 1, M, second_guess=0.5),
     "wrong": lambda: rm.sample_trajectory(ONES, FREE, ONES[:, :2], M),
     "choices, one": lambda: rm.uniform_wrong(ONES, torch.tensor([1])),
     "choices, twice": lambda: rm.uniform_wrong(ONES, torch.tensor([1, 2, 2, 1])),
