@@ -17,7 +17,6 @@ that the three add up to the plain cross-entropy; Sudoku's attention has a bias 
 a row, column or box (TransformerConfig).
 """
 
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -28,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kernels
-from history import ABSENT, HistoryReference, history_embedding, rms_norm, rotate_pairs, wide
+from history import ABSENT, HistoryReference, history_embedding, wide
 from kernels import check_decision, check_head, check_ids, require, use_triton
 
 # ------------------------------------------------------------------------------------------------
@@ -268,7 +267,7 @@ def history_until(trajectory: Tensor, t: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------
 # 4. Multi-turn revision
 
-FIXED_POINT, CYCLE, OUT_OF_TURNS = "fixed point", "cycle", "out of turns"
+STATUS = FIXED_POINT, CYCLE, OUT_OF_TURNS = "fixed point", "cycle", "out of turns"
 
 
 class Revision(NamedTuple):
@@ -312,8 +311,7 @@ def revise(
     require(reveal is None or reveal >= 1, f"reveal must be None or at least 1, got {reveal}")
     require(rule is None or head is None, "head belongs to Eq. 1, which rule replaces")
     eq1 = partial(decide, head=head, bias=bias, impl=impl)
-    if editable is None:
-        editable = torch.ones_like(tokens, dtype=torch.bool)
+    editable = torch.tensor(True, device=tokens.device) if editable is None else editable
     editable = editable.expand_as(tokens)
     locked = (tokens == mask_id) & ~editable
     require(not locked.any(), "tokens has MASK at a position that editable locks")
@@ -324,10 +322,10 @@ def revise(
     history.reset()
     result = tokens.clone()
     states = [tokens.clone()]
-    turns = [0] * len(tokens)
-    status = [OUT_OF_TURNS] * len(tokens)
-    visits = [Counter([row.tobytes()]) for row in tokens.cpu().numpy()]  # of each state, exactly
+    turns = torch.zeros(len(tokens), dtype=torch.long, device=tokens.device)
+    status = torch.zeros_like(turns)  # index in STATUS
     running = torch.arange(len(tokens), device=tokens.device)  # rows of the batch still at work
+    past = tokens.unsqueeze(0)  # their states so far
     for turn in range(1, max_turns + 1):  # from x(turn - 1) to x(turn)
         logits = denoiser(history.push(tokens), **context)  # Eq. 2, then the network
         fits = logits.shape[:2] == tokens.shape
@@ -337,16 +335,11 @@ def revise(
         require(not nan.any(), f"denoiser returned NaN in turn {turn}")
         following = (rule or eq1)(logits, tokens, mask_id, editable=editable, reveal=reveal)
 
-        settled = (following == tokens).all(-1).tolist()
-        for i, (row, state) in enumerate(zip(running.tolist(), following.cpu().numpy())):
-            turns[row] = turn
-            visits[row][state.tobytes()] += 1
-            if settled[i]:
-                status[row] = FIXED_POINT
-            elif visits[row][state.tobytes()] > patience:
-                status[row] = CYCLE
-        going = [turn < max_turns and status[row] == OUT_OF_TURNS for row in running.tolist()]
-        going = torch.tensor(going, dtype=torch.bool, device=tokens.device)
+        settled = (following == tokens).all(-1)
+        returned = (past == following).all(-1).sum(0) >= patience
+        turns[running] = turn
+        status[running] = torch.where(settled, 0, torch.where(returned, 1, 2))
+        going = ~settled & ~returned & (turn < max_turns)
         last = ~going & (following == mask_id).any(-1)  # these would end with a MASK
         if last.any():
             following = following.clone()
@@ -358,12 +351,12 @@ def revise(
             states.append(result.clone())
         if not going.any():
             break
-        tokens = following
-        if not going.all():
-            history.keep(going)
-            tokens, editable, running = tokens[going], editable[going], running[going]
-            context = {name: value[going] for name, value in context.items()}
-    return Revision(result, turns, status, torch.stack(states) if trace else None)
+        history.keep(going)
+        tokens, editable, running = following[going], editable[going], running[going]
+        past = torch.cat([past[:, going], tokens.unsqueeze(0)])
+        context = {name: value[going] for name, value in context.items()}
+    named = [STATUS[index] for index in status.tolist()]
+    return Revision(result, turns.tolist(), named, torch.stack(states) if trace else None)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -553,24 +546,23 @@ import torch.distributed as dist
 # states int64 [K, B, N] oldest first (history_until), clean int64 [B, N], editable bool [B, N] or
 # None: the positions that have a loss.  With a fourth element, float [B, N], it is mask_loss's.
 Batch = tuple[Tensor, Tensor, Tensor | None] | tuple[Tensor, Tensor, Tensor | None, Tensor]
-OWN_TURNS = 64  # of a row that goes on from its own decisions
 
 
 def train(
     model: nn.Module, sample: Callable[[int, torch.Generator], Batch], steps: int, mask_id: int,
     batch_size: int = 64, gamma: float = 0.9, rotate: bool = True, learning_rate: float = 2.5e-3,
-    muon_factor: float = 8, warmup: int = 200, own_states: float = 0.0, compile: bool = False,
+    muon_factor: float = 8, warmup: int = 200, compile: bool = False,
     checkpoint: Path | None = None, checkpoint_every: int = 500, notes: dict | None = None,
-    seed: int = 0, oracle: Callable = oracle_action, rule: Callable[..., Tensor] = decide,
+    seed: int = 0, oracle: Callable = oracle_action,
 ) -> Iterator[tuple[int, dict]]:  # fmt: skip
     """Trains in place; yields (step, stats) after every step: for step, stats in train(...).
 
     sample(batch_size, generator) returns a Batch on the model's device; the generator is seeded by
-    (seed, step), so that a run can go on anywhere.  gamma, rotate: Eq. 2.  own_states: the share of
-    the batch that OwnStates carries on.  oracle, rule: labels and decision of baselines.
-    compile: torch.compile the network.  checkpoint: a file, written every checkpoint_every steps
-    and at Ctrl-C, with notes; where it exists the run goes on from it, on CPU with the result of an
-    unbroken run.  Under torchrun P processes share each batch, and train as one would.
+    (seed, step), so that a run can go on anywhere.  gamma, rotate: Eq. 2.  oracle: the labels, for
+    baselines.  compile: torch.compile the network.  checkpoint: a file, written every
+    checkpoint_every steps and at Ctrl-C, with notes; where it exists the run goes on from it, on
+    CPU with the result of an unbroken run.  Under torchrun P processes share each batch, and train
+    as one would.
     stats: loss, reveal, remask, keep (nats, 0-d tensors), seconds of training.
     InputError: the loss or its gradient is not finite; the last checkpoint stays.
     """
@@ -581,8 +573,6 @@ def train(
     forward = make_forward(model, gamma, rotate, compile)
     optimization = make_optimizers(model, learning_rate, muon_factor, warmup, steps)
     generator = torch.Generator(device)
-    own_rows = torch.arange(rank, batch_size, world, device=device) < round(own_states * batch_size)
-    own = OwnStates(own_rows.view(-1, 1))
     start = 0
     seconds = 0.0
     if checkpoint and checkpoint.exists():
@@ -595,7 +585,6 @@ def train(
             raise InputError(f"{checkpoint} does not fit: {first_line(error)}") from None
         start = saved["step"]
         seconds = saved["seconds"]
-        own.carried = saved["carried"][rank] if len(saved["carried"]) == world else None
 
     with signals_wait() as received:
         for step in range(start, steps):
@@ -604,11 +593,8 @@ def train(
             states, clean, editable, *position_weight = sample(batch_size, generator)
             states, clean = states[:, rank::world], clean[rank::world]
             editable = None if editable is None else editable[rank::world]
-            past = None
-            if own_states:
-                states, clean, editable, past = own.continue_batch(states, clean, editable)
             target, role = oracle(states[-1], clean, mask_id, editable)
-            logits, total = forward(states, past)
+            logits = forward(states)
             if position_weight:
                 loss = mask_loss(logits, target, role, position_weight[0][rank::world])
             else:
@@ -617,8 +603,6 @@ def train(
             if not gradient_norm.isfinite():
                 found = f"the loss is {loss.total.item()}, its gradient {gradient_norm.item()}"
                 raise InputError(f"{found} at step {step + 1}")
-            if own_states:
-                own.carry(rule(logits.detach(), states[-1], mask_id, editable), total.detach())
             seconds += time.perf_counter() - began
 
             yield step + 1, {
@@ -632,7 +616,6 @@ def train(
                 saved = {
                     "model": model.state_dict(),
                     "optimization": [part.state_dict() for part in optimization],
-                    "carried": gather(own.carried),
                     "step": step + 1,
                     "seconds": seconds,
                     "notes": notes,
@@ -645,7 +628,7 @@ def train(
 
 
 def make_forward(model: nn.Module, gamma: float, rotate: bool, compile: bool) -> nn.Module:
-    """(states, past) -> (logits, a(t)): all that has a gradient in one module, as DDP wants it."""
+    """States -> logits: all that has a gradient in one module, so that DDP sees it."""
     network = torch.compile(model) if compile else model
 
     class Forward(nn.Module):
@@ -653,13 +636,10 @@ def make_forward(model: nn.Module, gamma: float, rotate: bool, compile: bool) ->
             super().__init__()
             self.model = model
 
-        def forward(self, states: Tensor, past: Tensor | None) -> tuple[Tensor, Tensor]:
-            total = history_embedding(states, self.model.embedding, gamma, rotate, normalize=False)
-            if past is not None and gamma:
-                past = rotate_pairs(past, -1) if rotate else past
-                total = total + gamma * past  # Eq. 2, the recurrence
-            with mixed_precision(total.device):
-                return network(rms_norm(total)).float(), total
+        def forward(self, states: Tensor) -> Tensor:
+            inputs = history_embedding(states, self.model.embedding, gamma, rotate)
+            with mixed_precision(inputs.device):
+                return network(inputs).float()
 
     return nn.parallel.DistributedDataParallel(Forward()) if dist.is_initialized() else Forward()
 
@@ -742,44 +722,6 @@ def mask_loss(logits: Tensor, target: Tensor, role: Tensor, weight: Tensor) -> R
     total = (loss * weight[masked]).sum() / max(loss.numel(), 1)
     nothing = total.new_zeros(())
     return RevisionLoss(total, total.detach(), nothing, nothing)
-
-
-class OwnStates:
-    """Ours: rows of the batch that go on from the model's own decision of the step before.
-
-    Eq. 1 on the logits of the training step, so no forward pass more; the oracle labels any state.
-    A row carries a(t) of Eq. 2, without its gradient, and ends when it settles or is OWN_TURNS old.
-    rows: bool [B, 1], which do.
-    """
-
-    def __init__(self, rows: Tensor):
-        self.rows = rows
-        self.carried: dict[str, Tensor] | None = None
-
-    def continue_batch(self, states, clean, editable) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """states, clean, editable with the carried rows in the place of new ones; a(t-1) or 0."""
-        if editable is None:
-            editable = torch.ones_like(clean, dtype=torch.bool)
-        past = None
-        age = torch.zeros_like(self.rows, dtype=torch.long)
-        if self.carried:
-            goes_on = self.carried["goes_on"]
-            current = torch.full_like(states, ABSENT)  # what came before is in a(t-1)
-            current[-1] = self.carried["tokens"]
-            states = torch.where(goes_on, current, states)
-            clean = torch.where(goes_on, self.carried["clean"], clean)
-            editable = torch.where(goes_on, self.carried["editable"], editable)
-            past = self.carried["past"] * goes_on.unsqueeze(-1)
-            age = (self.carried["age"] + 1) * goes_on
-        self.carried = {"tokens": states[-1], "clean": clean, "editable": editable, "age": age}
-        return states, clean, editable, past
-
-    def carry(self, following: Tensor, total: Tensor) -> None:
-        """Keeps the model's next states, int64 [B, N], and a(t), [B, N, D], for the next step."""
-        moves = (following != self.carried["tokens"]).any(-1, keepdim=True)
-        self.carried["goes_on"] = self.rows & moves & (self.carried["age"] < OWN_TURNS)
-        self.carried["tokens"] = following
-        self.carried["past"] = total
 
 
 def gather(value) -> list:

@@ -53,7 +53,7 @@ optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
 for step in range(100):
     clean = words[torch.randint(2, (64,))]
     editable = torch.rand(clean.shape) < torch.rand(64, 1)
-    wrong = uniform_wrong(clean, torch.arange(1, 6))[0]
+    wrong = uniform_wrong(clean, torch.arange(1, 6))
     trajectory = sample_trajectory(clean, editable, wrong, mask_id=0, T=4)
     states = history_until(trajectory, torch.randint(4, (64,)))
     target, role = oracle_action(states[-1], clean, mask_id=0)

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
 import reflective_masking as rm
-from history import ABSENT, HistoryReference, history_embedding
+from history import ABSENT, HistoryReference
 from reflective_masking import CYCLE, FIXED_POINT, IGNORE, KEEP, OUT_OF_TURNS, REMASK, REVEAL
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -667,11 +667,10 @@ def test_muon_in_float32_does_what_torch_s_does_and_they_take_over_from_each_oth
         assert 0.6 < values.min() <= values.max() < 1.3
 
 
-@pytest.mark.parametrize("own_states", [0.0, 0.5])
 @pytest.mark.parametrize("end", ["killed", signal.SIGINT, signal.SIGTERM])
-def test_a_run_cut_off_resumes_with_the_result_of_an_unbroken_one(tmp_path, own_states, end):
+def test_a_run_cut_off_resumes_with_the_result_of_an_unbroken_one(tmp_path, end):
     file = tmp_path / "run.pt"
-    options = dict(own_states=own_states, checkpoint_every=4)
+    options = dict(checkpoint_every=4)
     unbroken, cut, resumed, finished = (new_model(seed) for seed in (0, 0, 1, 2))
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     assert len(list(train(unbroken, **options))) == 12
@@ -716,40 +715,10 @@ def test_training_stops_where_the_loss_or_its_gradient_is_not_finite(tmp_path, w
         assert all(weight.isfinite().all() for weight in model.parameters())
 
 
-def test_own_states_go_on_from_their_decision_with_the_closed_sum_of_all_their_states(monkeypatch):
-    model, seen, fresh, decided, lives, endings = new_model(), [], [], [], {}, Counter()
-
-    def watched_sample(batch_size, generator):
-        fresh.append(sample(batch_size, generator))
-        return fresh[-1]
-
-    def watched_rule(*rest, **more):
-        decided.append(rm.decide(*rest, **more))
-        return decided[-1]
-
-    monkeypatch.setattr(rm, "OWN_TURNS", 3)
-    model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
-    options = dict(rule=watched_rule, own_states=0.5, steps=20, learning_rate=0.0)  # same weights
-    assert len(list(train(model, sample=watched_sample, **options))) == 20
-    for step, (states, *_) in enumerate(fresh):
-        for b in range(8):
-            history, turns = lives.get(b, ([], 0))
-            settled = step > 0 and decided[step - 1][b].tolist() == history[-1]
-            if b < 4 and step and not settled and turns < 3:
-                history, turns = [*history, decided[step - 1][b].tolist()], turns + 1
-            else:
-                endings[b < 4, settled] += step > 0
-                history, turns = [row for row in states[:, b].tolist() if ABSENT not in row], 0
-            lives[b] = history, turns
-            read = history_embedding(torch.tensor(history).unsqueeze(1), model.embedding)
-            torch.testing.assert_close(seen[step][b], read[0], rtol=1e-4, atol=1e-5)
-    assert endings[True, False] > 3 and endings[True, True] > 0
-
-
 def train_ragged(model):
     rm.mixed_precision = lambda device: nullcontext()  # rounds alike with any number of rows
     ragged = lambda batch_size, generator: sample(batch_size, generator, ragged=True)
-    list(train(model, sample=ragged, batch_size=16, own_states=0.5))
+    list(train(model, sample=ragged, batch_size=16))
 
 
 def train_process(rank, folder):
@@ -797,7 +766,7 @@ def test_checkpoint_keeps_weights_config_and_info(tmp_path):
 WEIGHTS = new_model().state_dict()
 NARROW = new_model(width=16).state_dict()
 MODEL = dict(task="toy", config=vars(new_model().config), model=WEIGHTS, info={"hops": 3})
-STATE = dict(model=WEIGHTS, optimization=[], carried=[None], step=1, seconds=1.0)
+STATE = dict(model=WEIGHTS, optimization=[], step=1, seconds=1.0)
 STATE["notes"] = {"settings": {"steps": 11}}
 TORN = b"PK\x03\x04" + bytes(99)  # the beginning of a file that torch.save wrote
 READERS = {
