@@ -797,6 +797,7 @@ class Run:
         record |= {
             "settings": self.notes["settings"],
             "curve": self.curve,
+            "minutes": self.curve[-1]["minutes"] if self.curve else None,
             "params": sum(p.numel() for p in model.parameters()),
             "provenance": provenance(),
         }

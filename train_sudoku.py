@@ -1,25 +1,23 @@
 """Task 1: Sudoku revision.  A solved 9x9 board has 4 to 20 cells replaced by wrong digits; which
 ones, nobody says.  The model re-masks what it doubts, reveals again, stops when nothing changes.
 
-    python train_sudoku.py                   train the full variant, evaluate, draw
-    python train_sudoku.py --variant all     every model of the tables; resumes where it stopped
+    python train_sudoku.py                   train RM, evaluate, draw
+    python train_sudoku.py --variant all     every model of the table; resumes where it stopped
     python train_sudoku.py --evaluate        score the shipped checkpoint on 2,000 boards
-    python train_sudoku.py --study all       accuracy against turns and wrong cells; calibration
+    python train_sudoku.py --study all       against turns, wrong cells, clues; calibration
     python train_sudoku.py --revise BOARD    watch it repair a board; --solve PUZZLE locks the clues
     python train_sudoku.py --puzzles FILE    score solving
 
-Reading order: boards and metrics, training data, baselines, evaluation, training, studies and
+Reading order: boards, metrics, training data, baselines, evaluation, training, studies and
 pictures, files and command line.  Tokens: MASK is 0, a digit is itself.
-What differs from the paper: it states neither its training data nor its settings, so sample_batch,
-own states and the constants are ours.  As there, any cell may be re-masked, except in --solve.
+What differs from the paper: it states neither its training data nor its settings, so sample_starts
+and the constants are ours.  As there, any cell may be re-masked, except the clues of a puzzle.
 """
 
-import math
 import random
 import re
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields
 from functools import cache, partial
 from itertools import islice
 from pathlib import Path
@@ -50,11 +48,14 @@ VARIANTS = {  # gamma, rotate: four settings of Eq. 2; the paper does not state 
 }
 TRAINING = {"batch_size": 64, "learning_rate": 2.5e-3}
 TASK = (4, 20)  # wrong cells of a board in the paper's task
+MOST_WRONG = 40  # cells of a training board
+MOST_CLUES = 60  # of a training puzzle
 TEST_SEED = 1_000_000  # training boards use the seeds below
 VALIDATION_SEED = 2_000_000
+ONE_A_TURN = {"reveal": 1, "max_turns": 100}  # decoding that lets a reveal see the one before
 
 # ------------------------------------------------------------------------------------------------
-# Boards and the paper's four metrics; exact is (tokens == clean).all(-1)
+# Boards
 
 
 def units_of(tokens: Tensor) -> Tensor:
@@ -69,41 +70,83 @@ PEERS = (MEMBERS.T @ MEMBERS > 0) & ~torch.eye(81, dtype=torch.bool)  # [81, 81]
 PEERS_OF = [set(row.nonzero().flatten().tolist()) for row in PEERS]
 
 
-def random_board(rng: random.Random) -> list[int]:
-    """A random complete board, 81 digits: backtracking, the most constrained cell first; 2 ms."""
-    board = [MASK] * 81
+def complete(options: dict[int, int], rng: random.Random | None = None) -> dict[int, int] | None:
+    """A digit for every empty cell by backtracking, the most constrained cell first; None: none.
 
-    def fill(left: dict[int, set[int]]) -> bool:  # empty cell -> the digits its peers leave
-        if not left:
-            return True
-        cell = min(left, key=lambda cell: len(left[cell]))
-        digits = sorted(left[cell])
+    options: empty cell -> the digits its peers leave, bit d for digit d.  rng: tries these in
+    random order.
+    """
+    if not options:
+        return {}
+    cell = min(options, key=lambda cell: options[cell].bit_count())
+    digits = [digit for digit in range(1, 10) if options[cell] >> digit & 1]
+    if rng:
         rng.shuffle(digits)
-        others = {other: options for other, options in left.items() if other != cell}
-        for digit in digits:
-            board[cell] = digit
-            peers = {peer: others[peer] - {digit} for peer in PEERS_OF[cell] if peer in others}
-            if fill(others | peers):
-                return True
-        return False
+    for digit in digits:
+        left = options.copy()
+        del left[cell]
+        for peer in PEERS_OF[cell] & left.keys():
+            left[peer] &= ~(1 << digit)
+        found = complete(left, rng)
+        if found is not None:
+            return found | {cell: digit}
+    return None
 
+
+def random_board(rng: random.Random) -> list[int]:
+    """A random complete board, 81 digits; 2 ms."""
     cells = list(range(81))
     rng.shuffle(cells)
-    fill({cell: set(range(1, 10)) for cell in cells})
-    return board
+    board = complete(dict.fromkeys(cells, 0b1111111110), rng)
+    return [board[cell] for cell in range(81)]
 
 
-@cache  # 10,000 boards take 20 seconds, and --variant all asks ten times
+def minimal_puzzle(board: list[int], rng: random.Random) -> list[int]:
+    """The board with holes, dug in random order while the solution stays the only one; 0.12 s.
+
+    A cell becomes a hole if no solution has another digit there.  24.5 clues on average.
+    """
+    puzzle = list(board)
+    cells = list(range(81))
+    rng.shuffle(cells)
+    for cell in cells:
+        puzzle[cell] = MASK
+        options = {}
+        for hole in (hole for hole in range(81) if puzzle[hole] == MASK):
+            taken = {puzzle[peer] for peer in PEERS_OF[hole]} - {MASK}
+            options[hole] = 0b1111111110 - sum(1 << digit for digit in taken)
+        options[cell] &= ~(1 << board[cell])
+        if complete(options) is not None:
+            puzzle[cell] = board[cell]
+    return puzzle
+
+
+@cache  # 10,000 boards take 20 seconds, and --variant all asks six times
 def random_boards(count: int, seed: int) -> Tensor:
     """count complete boards, int64 [count, 81]; a longer list of the same seed begins alike."""
     rng = random.Random(seed)
     return torch.tensor([random_board(rng) for _ in range(count)])
 
 
+@cache
+def random_puzzles(count: int, seed: int) -> Tensor:
+    """count minimal puzzles, MASK where blank, and their solutions: int64 [count, 2, 81]."""
+    rng = random.Random(seed)
+    boards = [random_board(rng) for _ in range(count)]
+    return torch.tensor([[minimal_puzzle(board, rng), board] for board in boards])
+
+
+def add_clues(puzzle: Tensor, solution: Tensor, count: Tensor | int, generator) -> Tensor:
+    """Random further clues, up to count in all: int64 [B, 81] of the same.  count: int or [B, 1]."""
+    first = torch.rand(puzzle.shape, generator=generator, device=puzzle.device)
+    order = (first - (puzzle != MASK).float()).argsort(-1).argsort(-1)  # its own clues, then others
+    return torch.where((order < count) | (puzzle != MASK), solution, MASK)
+
+
 def shuffle_symmetries(boards: Tensor, generator: torch.Generator) -> Tensor:
     """Each board under a random symmetry of Sudoku: bands, stacks, lines, transpose, digits.
 
-    boards: int64 [B, 81], MASK allowed, on the generator's device.  Returns int64 [B, 81].
+    boards: int64 [B, 81] or [B, K, 81], K under the same one; MASK stays.  Returns its shape.
     """
     batch = len(boards)
     uniform = partial(torch.rand, generator=generator, device=boards.device)
@@ -113,14 +156,14 @@ def shuffle_symmetries(boards: Tensor, generator: torch.Generator) -> Tensor:
         within = uniform(batch, 3, 3).argsort(-1)  # and of the three lines of each
         return (band * 3 + within).view(batch, 9)
 
-    rows = line_order().unsqueeze(2)
-    columns = line_order().unsqueeze(1)
-    board = torch.arange(batch, device=boards.device).view(-1, 1, 1)
-    grid = boards.view(-1, 9, 9)[board, rows, columns]
+    cell = 9 * line_order().unsqueeze(2) + line_order().unsqueeze(1)  # [B, 9, 9]: where from
     upright = uniform(batch, 1, 1) < 0.5  # half are transposed
-    grid = torch.where(upright, grid, grid.transpose(1, 2)).reshape(batch, 81)
+    cell = torch.where(upright, cell, cell.transpose(1, 2)).view(batch, 1, 81)
     digits = uniform(batch, 9).argsort(-1) + 1  # any order of the nine digits
-    return F.pad(digits, (1, 0)).gather(1, grid)  # MASK, 0, stays MASK
+    digits = F.pad(digits, (1, 0)).unsqueeze(1)  # MASK, 0, stays MASK
+    grids = boards.view(batch, -1, 81)
+    moved = grids.gather(-1, cell.expand_as(grids))
+    return digits.expand(-1, grids.shape[1], -1).gather(-1, moved).view_as(boards)
 
 
 def choose_cells(batch: int, low: int, high: int, generator: torch.Generator) -> Tensor:
@@ -135,8 +178,12 @@ def corrupt(clean: Tensor, low: int, high: int, seed: int) -> Tensor:
     """The task's input, int64 [B, 81]: low to high cells get one of the eight wrong digits."""
     generator = torch.Generator().manual_seed(seed)
     cells = choose_cells(len(clean), low, high, generator)
-    wrong = rm.uniform_wrong(clean, DIGITS, 1, generator)[0]
+    wrong = rm.uniform_wrong(clean, DIGITS, generator)
     return torch.where(cells, wrong, clean)
+
+
+# ------------------------------------------------------------------------------------------------
+# The paper's four metrics; exact is (tokens == clean).all(-1)
 
 
 def is_valid(tokens: Tensor) -> Tensor:
@@ -165,56 +212,72 @@ def replay_mistakes(trace: Tensor, clean: Tensor) -> tuple[int, int]:
     return int(tried.any(-1).sum()), int(replayed.sum())
 
 
-def paired_test(ours: str, theirs: str) -> dict:
-    """Exact on the same boards, ours minus theirs ("right" of evaluate), with its 95 % interval
-    (Wald's for paired shares) and McNemar's exact two-sided p of boards that only one gets right.
-    """
-    n = len(ours)
-    only_ours = sum(a > b for a, b in zip(ours, theirs))
-    only_theirs = sum(a < b for a, b in zip(ours, theirs))
-    either = only_ours + only_theirs
-    tail = sum(math.comb(either, i) for i in range(min(only_ours, only_theirs) + 1)) / 2**either
-    difference = (only_ours - only_theirs) / n
-    half = 1.959964 * math.sqrt(max(either / n - difference**2, 0) / n)
-    interval = (difference - half, difference + half)
-    return {"difference": difference, "ci95": interval, "p": min(1.0, 2 * tail)}
-
-
 # ------------------------------------------------------------------------------------------------
 # Training data
 
 
-def sample_batch(
-    batch_size: int, generator: torch.Generator, pool: Tensor, plain: bool = False,
-    second_guess: float = 0.0,
-) -> rm.Batch:  # fmt: skip
-    """A Batch for rm.train: symmetric images of the pool's boards, in a turn of a revision.
+def sample_starts(
+    batch_size: int, generator: torch.Generator, pool: Tensor, puzzles: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What training revises: start, clean, int64 [B, 81], editable, bool [B, 81].
 
-    4 to 20 cells take part in four boards of five, 0 to 60 in the fifth (for --solve and for
-    worse boards).  In half the boards all of them start wrong, as the task does; in the others a
-    random share, the rest masked.  pool: int64 [P, 81] on the generator's device.
-    plain: masks alone, a uniform share of the cells, and a loss there only (mask diffusion).
+    Half are puzzles with 17 to 60 clues, locked; of the blanks a share is filled, partly wrong.
+    Half are boards with 0 to 40 wrong cells, nothing locked.  pool, puzzles: random_boards,
+    random_puzzles, on the generator's device; each is shown under a random symmetry.
     """
     device = generator.device
     uniform = partial(torch.rand, generator=generator, device=device)
-    picked = torch.randint(len(pool), (batch_size,), generator=generator, device=device)
-    clean = shuffle_symmetries(pool[picked], generator)
+    half = batch_size // 2
+    picked = torch.randint(len(puzzles), (half,), generator=generator, device=device)
+    minimal, solution = shuffle_symmetries(puzzles[picked], generator).unbind(1)
+    least = (minimal != MASK).sum(-1, keepdim=True)
+    count = least + (uniform(half, 1) * (MOST_CLUES + 1 - least)).long()  # ~ U{least..60}
+    blank = add_clues(minimal, solution, count, generator) == MASK
+    some = uniform(half, 1) < 0.5  # the other half of the puzzles starts empty
+    share = uniform(half, 1)
+    filled = blank & (uniform(half, 81) < share * some)
+    share = 0.5 * uniform(half, 1)  # of the filled cells: ~ U(0, 0.5)
+    wrong = filled & (uniform(half, 81) < share)
+
+    picked = torch.randint(len(pool), (batch_size - half,), generator=generator, device=device)
+    board = shuffle_symmetries(pool[picked], generator)
+    cells = choose_cells(len(board), 0, MOST_WRONG, generator)
+
+    clean = torch.cat([solution, board])
+    wrong = torch.cat([wrong, cells])
+    masked = F.pad(blank & ~filled, (0, 0, 0, len(board)))
+    editable = F.pad(blank, (0, 0, 0, len(board)), value=True)
+    digits = rm.uniform_wrong(clean, DIGITS.to(device), generator)
+    start = torch.where(masked, MASK, torch.where(wrong, digits, clean))
+    return start, clean, editable
+
+
+def sample_batch(
+    batch_size: int, generator: torch.Generator, pool: Tensor, puzzles: Tensor, plain: bool = False
+) -> rm.Batch:
+    """A Batch for rm.train: sample_starts in a turn of a synthetic revision.
+
+    In half of the rows all wrong cells start wrong, as the task does; in the others a random share,
+    the rest masked.  plain: boards with masks alone, a uniform share of the cells, and a loss there
+    only (mask diffusion).
+    """
+    device = generator.device
+    uniform = partial(torch.rand, generator=generator, device=device)
     if plain:
+        picked = torch.randint(len(pool), (batch_size,), generator=generator, device=device)
+        clean = shuffle_symmetries(pool[picked], generator)
         chance = uniform(batch_size, 81)
-        masked = chance < uniform(batch_size, 1)  # the share of masks ~ U[0, 1]
+        masked = chance < uniform(batch_size, 1)  # the share of masks ~ U(0, 1)
         return clean.masked_fill(masked, MASK).unsqueeze(0), clean, masked
 
-    cells = choose_cells(batch_size, *TASK, generator)
-    cells[::5] = choose_cells(len(cells[::5]), 0, 60, generator)
-    wrong = rm.uniform_wrong(clean, DIGITS.to(device), 2, generator)
+    start, clean, editable = sample_starts(batch_size, generator, pool, puzzles)
     as_the_task = uniform(batch_size, 1) < 0.5
-    share = uniform(batch_size, 1)  # of cells that start wrong, in the other boards
-    p_wrong = torch.where(as_the_task, 1.0, share)
-    trajectory = rm.sample_trajectory(
-        clean, cells, wrong, MASK, p_wrong=p_wrong, second_guess=second_guess, generator=generator
-    )
+    share = uniform(batch_size, 1)
+    p_wrong = torch.where(as_the_task, 1.0, share) * (start != MASK)
+    how = {"p_wrong": p_wrong, "generator": generator}
+    trajectory = rm.sample_trajectory(clean, start != clean, start, MASK, **how)
     turn = torch.randint(6, (batch_size,), generator=generator, device=device)  # x(0) to x(5)
-    return rm.history_until(trajectory, turn), clean, None
+    return rm.history_until(trajectory, turn), clean, editable
 
 
 # ------------------------------------------------------------------------------------------------
@@ -227,13 +290,11 @@ def direct_replacement(logits, tokens, mask_id, editable=None, **_) -> Tensor:
     return best if editable is None else torch.where(editable, best, tokens)
 
 
-def remasking(max_turns: int, by: str, seed: int = 0, most: int = 20) -> Callable[..., Tensor]:
-    """A rule that re-masks some cells, then reveals them: how mask diffusion usually corrects.
+def low_confidence(max_turns: int, most: int = 20) -> Callable[..., Tensor]:
+    """A rule that re-masks the tokens of least probability, then reveals them, and so on.
 
-    by: "confidence" re-masks the tokens of least probability; "random" any (as ReMDM does).
     Their number falls linearly from most, the largest number of wrong cells, to 0 at max_turns.
     """
-    generator = torch.Generator().manual_seed(seed)
     turn = 0
 
     def rule(logits, tokens, mask_id, editable=None, **_) -> Tensor:
@@ -241,11 +302,8 @@ def remasking(max_turns: int, by: str, seed: int = 0, most: int = 20) -> Callabl
         turn += 1
         if (tokens == mask_id).any():
             return rm.decide(logits, tokens, mask_id, editable, allow_remask=False)
-        if by == "random":
-            score = torch.rand(tokens.shape, generator=generator).to(tokens.device)
-        else:
-            others = logits.index_fill(-1, torch.tensor(mask_id, device=logits.device), -torch.inf)
-            score = others.log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+        others = logits.index_fill(-1, torch.tensor(mask_id, device=logits.device), -torch.inf)
+        score = others.log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
         if editable is not None:
             score = score.masked_fill(~editable, torch.inf)
         count = round(most * (1 - turn / max_turns))
@@ -261,19 +319,20 @@ def truth_everywhere(state, clean, mask_id, editable=None) -> tuple[Tensor, Tens
 
 
 MAKE_RULE = {  # max_turns -> a fresh rule, by variant; the others follow Eq. 1
-    "plain": partial(remasking, by="confidence"),
+    "plain": low_confidence,
     "direct": lambda max_turns: direct_replacement,
 }
-BASELINES = {  # by variant: label -> turns (None: as many as the others have), how to make its rule
+EQ1 = {"Eq. 1": {}, "one reveal a turn": ONE_A_TURN}
+DECODINGS = {  # by variant: what its row is called -> options of evaluate
+    **dict.fromkeys(("rm", "hr", "decay", "full"), EQ1),
     "plain": {
-        "plain mask diffusion, one-shot": (1, MAKE_RULE["direct"]),
-        "plain mask diffusion, direct replacement": (None, MAKE_RULE["direct"]),
-        "plain mask diffusion, low-confidence re-masking": (None, MAKE_RULE["plain"]),
-        "plain mask diffusion, random re-masking": (None, partial(remasking, by="random")),
+        "one-shot": {"max_turns": 1, "make_rule": MAKE_RULE["direct"]},
+        "direct replacement": {"make_rule": MAKE_RULE["direct"]},
+        "low-confidence re-masking": {"make_rule": low_confidence},
     },
     "direct": {
-        "trained for direct replacement, one-shot": (1, MAKE_RULE["direct"]),
-        "trained for direct replacement": (None, MAKE_RULE["direct"]),
+        "one-shot": {"max_turns": 1, "make_rule": MAKE_RULE["direct"]},
+        "direct replacement": {"make_rule": MAKE_RULE["direct"]},
     },
 }
 
@@ -329,7 +388,6 @@ def evaluate(
         "ci95_exact": rm.wilson_interval(int(exact.sum()), n),
         "ci95_valid": rm.wilson_interval(int(valid.sum()), n),
         "remasked_wrong_cells": remasked,
-        "replayed_cells": replayed,
         "max_turns": max_turns,
         "reveal": reveal,
         "mean_turns": sum(turn for result in results for turn in result.turns) / n,
@@ -344,24 +402,6 @@ def evaluate(
 # Training
 
 
-@dataclass
-class Settings:
-    """How a variant is trained and scored; saved in its record, and a run goes on with the same."""
-
-    minutes: float | None = 15  # turned into steps by a trial
-    steps: int | None = None  # exactly so many instead
-    gamma: float | None = None  # None: the variant's own
-    rotate: bool | None = None
-    own_states: float = 0.5  # share of the batch that goes on from own decisions
-    second_guess: float = 0.3  # share of second wrong guesses in trajectories
-    compile: bool = False
-    n: int = 2000  # test boards, and their wrong cells
-    corrupt: tuple[int, int] = TASK
-    max_turns: int = 32
-    pool: int = 10_000  # training boards before symmetries
-    validation: int = 300
-
-
 def new_model(device: torch.device | str = "cpu", width: int = 128) -> rm.MaskDiffusionTransformer:
     """4 layers, 793,000 parameters at width 128.  Coordinates of a cell: row, column, box."""
     cells = [[cell // 9, cell % 9, cell // 27 * 3 + cell % 9 // 3] for cell in range(81)]
@@ -370,142 +410,116 @@ def new_model(device: torch.device | str = "cpu", width: int = 128) -> rm.MaskDi
     return rm.MaskDiffusionTransformer(config).to(device)
 
 
-def training_options(variant: str, settings: Settings, pool: Tensor) -> dict:
-    """What rm.train is told about a variant; pool as in sample_batch."""
-    gamma, rotate = VARIANTS[variant]
-    plain = variant == "plain"
-    guess = settings.second_guess
-    options = {
-        "sample": partial(sample_batch, pool=pool, plain=plain, second_guess=guess),
-        "mask_id": MASK,
-        "gamma": gamma if settings.gamma is None else settings.gamma,
-        "rotate": rotate if settings.rotate is None else settings.rotate,
-        "own_states": 0.0 if plain else settings.own_states,
-        "accept": is_valid,  # a row that goes on ends by the rules of Sudoku, not by the truth
-        "compile": settings.compile,
-        **TRAINING,
-    }
-    if variant == "direct":
-        options |= {"oracle": truth_everywhere, "rule": direct_replacement}
-    return options
+def steps_in(minutes: float, run: Iterator[tuple[int, dict]]) -> int:
+    """How many steps fit the time here: times a short run of a throw-away model after a fourth."""
+    seconds = torch.tensor([stats["seconds"] for _, stats in run])
+    warm = len(seconds) // 4
+    each = (seconds[-1] - seconds[warm - 1]) / (len(seconds) - warm)
+    return max(1, int(minutes * 60 / rm.gather(float(each))[0]))  # the same for every process
 
 
 def train_variant(
-    variant: str, settings: Settings, out: Path, device: torch.device, seed: int = 0
-) -> dict:
+    variant: str, out: Path, device: torch.device, seed: int = 0, minutes: float | None = 15,
+    steps: int | None = None, gamma: float | None = None, rotate: bool | None = None,
+    compile: bool = False, n: int = 2000, max_turns: int = 32,
+    pool: int = 10_000, puzzles: int = 500, validation: int = 300,
+) -> dict:  # fmt: skip
     """Trains a variant, or goes on, and scores it; writes OUT/<variant>_seed<seed>.pt and .json.
 
-    Returns the record (under torchrun the first process's); a finished run's is read back.
+    minutes are made into steps by a trial, or steps is exact.  gamma, rotate: None, the variant's
+    own.  n: test boards.  pool, puzzles, validation: how many are drawn.  Returns the record.
     """
-    path = out / f"{variant}_seed{seed}"
-    resume = path.with_suffix(".resume.pt")
-    pool = random_boards(settings.pool, seed)
-    validation = random_boards(settings.validation, VALIDATION_SEED)
-    start = corrupt(validation, *TASK, VALIDATION_SEED)
-    clean = random_boards(settings.n, TEST_SEED)
-    test = corrupt(clean, *settings.corrupt, TEST_SEED)
-    boards = rm.fingerprint(pool, validation, start, clean, test)
-    asked = asdict(settings) | {"corrupt": list(settings.corrupt), "boards": boards}
-    record = rm.finished_record(path.with_suffix(".json"), asked)
-    if record:
-        return record
+    if rm.is_main_process():
+        print(f"{variant}, seed {seed}: drawing {pool} boards and {puzzles} puzzles", flush=True)
+    boards = random_boards(pool, seed).to(device)
+    dug = random_puzzles(puzzles, seed).to(device)
+    held_out = random_boards(validation, VALIDATION_SEED)
+    start = corrupt(held_out, *TASK, VALIDATION_SEED)
+    clean = random_boards(n, TEST_SEED)
+    test = corrupt(clean, *TASK, TEST_SEED)
+    settings = {
+        "minutes": None if steps else minutes,
+        "steps": steps,
+        "gamma": VARIANTS[variant][0] if gamma is None else gamma,
+        "rotate": VARIANTS[variant][1] if rotate is None else rotate,
+        "compile": compile,
+        "max_turns": max_turns,
+        "data": rm.fingerprint(boards, dug, held_out, start, clean, test),
+    }
+    run = rm.Run(out / f"{variant}_seed{seed}", settings)
+    if run.record:
+        return run.record
 
     torch.manual_seed(seed)
     model = new_model(device)
-    options = training_options(variant, settings, pool.to(device)) | {"seed": seed}
-    notes = rm.resume_notes(resume, asked)
-    if notes is None:
+    memory = (settings["gamma"], settings["rotate"])
+    options = {
+        "sample": partial(sample_batch, pool=boards, puzzles=dug, plain=variant == "plain"),
+        "mask_id": MASK,
+        "gamma": memory[0],
+        "rotate": memory[1],
+        "oracle": truth_everywhere if variant == "direct" else rm.oracle_action,
+        "compile": compile,
+        "seed": seed,
+        **TRAINING,
+    }
+    if "planned" not in run.notes:
         trial = rm.train(new_model(device), steps=40, warmup=40, **options)
-        steps = settings.steps or rm.steps_in(settings.minutes, trial)
-        notes = {"steps": steps, "curve": [], "settings": asked}
-    steps = notes["steps"]
-    curve = notes["curve"]
+        run.notes["planned"] = steps or steps_in(minutes, trial)
+    steps = run.notes["planned"]
     every = max(1, min(250, steps // 8))
-    score = partial(evaluate, model, options["gamma"], options["rotate"])
-    if rm.is_main_process():
-        print(f"{variant}, seed {seed}: {steps} steps of {TRAINING['batch_size']} boards, {device}")
+    how = {"max_turns": max_turns, "make_rule": MAKE_RULE.get(variant)}
+    for step, stats in rm.train(model, steps=steps, **options, **run.files(every)):
+        scores = None
+        if (step % every == 0 or step == steps) and rm.is_main_process():
+            now = evaluate(model, *memory, held_out, start, **how)
+            scores = {"exact": now["exact"], "valid": now["valid"]}
+        if scores or step % max(1, every // 10) == 0:
+            run.show(step, steps, stats, scores)
 
-    files = {"checkpoint": resume, "checkpoint_every": every, "notes": notes}
-    for step, stats in rm.train(model, steps=steps, **options, **files):
-        scored = step % every == 0 or step == steps
-        if scored and rm.is_main_process():
-            now = score(validation, start, settings.max_turns, MAKE_RULE.get(variant))
-            losses = {role: stats[role].item() for role in ("reveal", "remask", "keep")}
-            shares = {key: now[key] for key in ("exact", "valid", "n")}
-            curve.append({"step": step, "minutes": stats["seconds"] / 60, **losses, **shares})
-        if scored or step % max(1, every // 10) == 0:
-            last = [f"{key} {curve[-1][key]:.1%}" for key in ("exact", "valid") if curve]
-            rm.show_progress(step, steps, stats, " ".join(last))
+    tests = {}
+    if rm.is_main_process():
+        for name, decoding in DECODINGS[variant].items():
+            row = {"max_turns": max_turns, **decoding}
+            tests[name] = evaluate(model, *memory, clean, test, **row)
+    record = {"variant": variant, "seed": seed, "gamma": memory[0], "rotate": memory[1]}
+    return run.finish(model, "sudoku", **record, steps=steps, training=TRAINING, test=tests)
+
+
+def train_table(variants: list[str], out: Path, device: torch.device, seed: int, **plan) -> dict:
+    """Trains what is not done of the variants, prints their table and the differences to the first.
+
+    Of a single one draws its curve and a revision.  plan: of train_variant.
+    """
+    records = {v: train_variant(v, out, device, seed, **plan) for v in variants}
     if not rm.is_main_process():
         return {}
-
-    about = {
-        "variant": variant,
-        "seed": seed,
-        "steps": steps,
-        "minutes": curve[-1]["minutes"],
-        "gamma": options["gamma"],
-        "rotate": options["rotate"],
-        "settings": asked,
-        "training": TRAINING,
-        "compiled": settings.compile,
-        "provenance": rm.provenance(),
+    table = {
+        f"{variant}, {name}": {**score, "steps": record["steps"], "minutes": record["minutes"]}
+        for variant, record in records.items()
+        for name, score in record["test"].items()
     }
-    rm.save_checkpoint(path.with_suffix(".pt"), model, "sudoku", **about)
-    rows = BASELINES.get(variant, {f"ours, {variant}, seed {seed}": (None, None)})
-    tests = {
-        label: score(clean, test, turns or settings.max_turns, make_rule)
-        for label, (turns, make_rule) in rows.items()
-    }
-    record = {**about, "curve": curve, "test": tests}
-    rm.write_json(path.with_suffix(".json"), record)
-    resume.unlink(missing_ok=True)
-    return record
-
-
-def train_table(
-    runs: list[tuple[str, int]], settings: Settings, out: Path, device: torch.device
-) -> dict:
-    """Trains what is not done of the runs, (variant, seed) each, and prints their table.
-
-    Of several also the paired tests of the full variant; of a single one its pictures.
-    """
-    table = {}
-    for variant, seed in runs:
-        record = train_variant(variant, settings, out, device, seed)
-        if not rm.is_main_process():
-            continue
-        about = {key: record[key] for key in ("steps", "minutes", "provenance")}
-        table |= {label: {**score, **about} for label, score in record["test"].items()}
-    if not table:
-        return {}
-
     print_table(table)
-    result = {"table": table, "paper": PAPER}
-    if len(runs) > 1:
-        result["ours_against"] = compare(table, f"ours, full, seed {runs[0][1]}")
-        rm.write_json(out / "table.json", result)
-        return result
-    draw_lines(out / f"{variant}_curve.png", record["curve"], "minutes", "minutes of training")
-    if variant not in MAKE_RULE:
-        model, _ = rm.load_checkpoint(out / f"{variant}_seed{seed}.pt", "sudoku", device)
-        board = corrupt(random_boards(1, TEST_SEED), 20, 20, TEST_SEED)[0]
-        how = {"max_turns": settings.max_turns, "gif": out / f"{variant}_revision.gif"}
-        show_revision(model, record["gamma"], record["rotate"], board, **how)
-    rm.write_json(out / f"{variant}_table.json", result)
+    result = {"table": table, "paper": PAPER, "provenance": rm.provenance()}
+    first = variants[0]
+    if len(variants) > 1:
+        ours = f"{first}, one reveal a turn"
+        right = {label: row["right"] for label, row in table.items()}
+        tests = {label: rm.paired_bootstrap(right[ours], right[label]) for label in table}
+        result["ours_against"] = tests
+        print(f"\nexact of '{ours}' on the same boards, minus that of")
+        for label, test in tests.items():
+            low, high = test["ci95"]
+            print(f"{label:44}{test['difference']:+8.1%} ({low:+.1%} to {high:+.1%})")
+    else:
+        draw(out / f"{first}_curve.png", records[first]["curve"], "minutes", "minutes of training")
+        if first not in MAKE_RULE:
+            model, info = rm.load_checkpoint(out / f"{first}_seed{seed}.pt", "sudoku", device)
+            board = corrupt(random_boards(1, TEST_SEED), 20, 20, TEST_SEED)[0]
+            gif = out / f"{first}_revision.gif"
+            show_revision(model, info["gamma"], info["rotate"], board, gif=gif)
+    rm.write_json(out / f"{first if len(variants) == 1 else 'all'}_table.json", result)
     return result
-
-
-def compare(table: dict[str, dict], ours: str) -> dict:
-    """The paired test of each row against ours, printed."""
-    right = {label: score["right"] for label, score in table.items()}
-    tests = {label: paired_test(right[ours], right[label]) for label in right if label != ours}
-    print(f"\nexact of '{ours}' on the same boards, against")
-    for label, test in tests.items():
-        low, high = test["ci95"]
-        interval = f"({low:+.1%} to {high:+.1%})"
-        print(f"{label:48}{test['difference']:+8.1%} {interval}, p = {test['p']:.2g}")
-    return tests
 
 
 def print_table(rows: dict[str, dict]) -> None:
@@ -523,151 +537,114 @@ def print_table(rows: dict[str, dict]) -> None:
 
 
 # ------------------------------------------------------------------------------------------------
-# Studies and pictures
+# Studies and pictures: of a checkpoint (model, gamma, rotate) on n test boards, by a decoding
 
 
-def run_studies(
-    which: str, trained: tuple, clean: Tensor, start: Tensor, max_turns: int, out: Path
-) -> dict:
-    """Of STUDIES one or all, each a JSON and a figure in out.  trained: model, gamma, rotate."""
-    studies = {}
-    for name in STUDIES if which == "all" else [which]:
-        path = out / f"sudoku_{name}.png"
-        study = STUDIES[name](trained, clean, start, max_turns, path)
-        studies[name] = {**study, "provenance": rm.provenance()}
-        rm.write_json(path.with_suffix(".json"), studies[name])
-    return studies
-
-
-def study_turns(trained: tuple, clean: Tensor, start: Tensor, _: int, path: Path) -> dict:
+def study_turns(trained: tuple, n: int, how: dict, path: Path) -> dict:
     """Accuracy against the number of turns, beyond the 6 of the training trajectories."""
-    turns = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
-    rows = [{"turns": t, **evaluate(*trained, clean, start, t)} for t in turns]
-    draw_lines(path, rows, "turns", "turns at most")
-    return {"rows": rows}
-
-
-def study_severity(trained: tuple, clean: Tensor, _: Tensor, max_turns: int, path: Path) -> dict:
-    """Accuracy against the number of wrong cells, 4 to 20 in training; a fourth of the boards."""
-    clean = clean[: max(1, len(clean) // 4)]
+    clean = random_boards(n, TEST_SEED)
+    start = corrupt(clean, *TASK, TEST_SEED)
     rows = []
-    for cells in (1, *range(2, 41, 2)):
-        start = corrupt(clean, cells, cells, TEST_SEED + cells)
-        rows.append({"wrong_cells": cells, **evaluate(*trained, clean, start, max_turns)})
-    draw_lines(path, rows, "wrong_cells", "wrong cells")
+    for turns in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64):
+        score = evaluate(*trained, clean, start, turns, reveal=how["reveal"])
+        rows.append({"turns": turns, **score})
+    draw(path, rows, "turns", "turns at most", log=True)
     return {"rows": rows}
 
 
-def study_calibration(
-    trained: tuple, clean: Tensor, start: Tensor, max_turns: int, path: Path
-) -> dict:
-    """What p(x) means at visible cells, in all turns, and how well it re-masks.
+def study_severity(trained: tuple, n: int, how: dict, path: Path) -> dict:
+    """Accuracy against the number of wrong cells."""
+    clean = random_boards(n, TEST_SEED)
+    rows = []
+    for cells in range(4, MOST_WRONG + 1, 4):
+        start = corrupt(clean, cells, cells, TEST_SEED + cells)
+        rows.append({"wrong_cells": cells, **evaluate(*trained, clean, start, **how)})
+    draw(path, rows, "wrong_cells", "wrong cells")
+    return {"rows": rows}
 
-    p(x) should be the probability that x is right, and p(x) + p(M) be 1.  Precision: the share of
-    re-masked cells that were wrong.  Recall: of the wrong visible cells, those re-masked that turn.
+
+def study_clues(trained: tuple, n: int, how: dict, path: Path) -> dict:
+    """Puzzles solved against their clues: minimal ones with so few, and random further clues."""
+    minimal, clean = random_puzzles(n, TEST_SEED).unbind(1)
+    generator = torch.Generator().manual_seed(TEST_SEED)
+    rows = []
+    for clues in (24, 28, 32, 36):
+        few = (minimal != MASK).sum(-1) <= clues
+        puzzle = add_clues(minimal[few], clean[few], clues, generator)
+        if len(puzzle):
+            score = evaluate(*trained, clean[few], puzzle, solve=True, **how)
+            rows.append({"clues": clues, **score})
+    draw(path, rows, "clues", "clues of a puzzle")
+    return {"rows": rows}
+
+
+def study_calibration(trained: tuple, n: int, how: dict, path: Path) -> dict:
+    """What p(x) means at visible cells in all turns: it should be the probability that x is right,
+    and p(x) + p(M) be 1.
     """
-    own, other, right, turn = visible_decisions(*trained, clean, start, max_turns).T
+    clean = random_boards(n, TEST_SEED)
+    start = corrupt(clean, *TASK, TEST_SEED)
+    own, other, right = visible_decisions(*trained, clean, start, **how).T
     bins = (own * 20).long().clamp(max=19)
     rows = []
-    for low in range(20):
+    for low in bins.unique().tolist():
         hits = right[bins == low]
-        n = len(hits)
-        rows.append({
-            "low": low / 20,
-            "n": n,
-            "mean_p": own[bins == low].mean().item() if n else None,
-            "right": hits.sum().item() / n if n else None,
-            "ci95": rm.wilson_interval(int(hits.sum()), n),
-        })  # fmt: skip
-    draw_calibration(path, rows, own + other)
-
-    def remasking_in(chosen: Tensor) -> dict:
-        remasked = chosen & (other > own)
-        wrong = chosen & (right == 0)
-        hits = int((remasked & wrong).sum())
-        record = {}
-        for name, of, count in (
-            ("precision", "remasked", int(remasked.sum())),
-            ("recall", "wrong", int(wrong.sum())),
-        ):
-            interval = rm.wilson_interval(hits, count)
-            record |= {name: hits / max(count, 1), f"ci95_{name}": interval, of: count}
-        return record
-
-    gaps = sum(row["n"] * abs(row["mean_p"] - row["right"]) for row in rows if row["n"])
+        interval = rm.wilson_interval(int(hits.sum()), len(hits))
+        row = {"p": own[bins == low].mean().item(), "right": hits.mean().item(), "n": len(hits)}
+        rows.append({**row, "ci95_right": interval})
+    draw(path, rows, "p", "p(x) at visible cells", ("right",))
+    gaps = sum(row["n"] * abs(row["p"] - row["right"]) for row in rows)
     return {
         "rows": rows,
         "expected_calibration_error": gaps / len(own),
         "visible_positions": len(own),
         "mean_p_own_plus_mask": (own + other).mean().item(),
-        "share_of_sums_below_0.99": (own + other < 0.99).float().mean().item(),
-        "remask_all_turns": remasking_in(turn > 0),
-        "remask_first_turn": remasking_in(turn == 1),
     }
 
 
+@torch.no_grad()
 def visible_decisions(
     model: rm.MaskDiffusionTransformer, gamma: float, rotate: bool, clean: Tensor, start: Tensor,
-    max_turns: int,
+    max_turns: int = 32, reveal: int | None = None,
 ) -> Tensor:  # fmt: skip
-    """What Eq. 1 sees at all visible cells in all turns: p(x), p(M), x is right, turn; [M, 4]."""
-    device = model.embedding.device
+    """What Eq. 1 sees at all visible cells in all turns: p(x), p(M), whether x is right; [M, 3]."""
     seen = []
     for rows in torch.arange(len(clean)).split(500):
         history = HistoryReference(model.embedding.detach(), gamma, rotate)
-        tokens = start[rows].to(device)
-        truth = clean[rows].to(device)
-        for turn in range(1, max_turns + 1):  # revise, but with the truth at hand
-            with torch.no_grad():
-                logits = model(history.push(tokens))
+        tokens = start[rows].to(model.embedding.device)
+        truth = clean[rows].to(tokens.device)
+        for _ in range(max_turns):  # revise, but with the truth at hand
+            logits = model(history.push(tokens))
             p = logits.softmax(-1)
             own = p.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-            facts = [own, p[..., MASK], (tokens == truth).float(), torch.full_like(own, turn)]
-            seen.append(torch.stack(facts, -1)[tokens != MASK].cpu())
-            following = rm.decide(logits, tokens, MASK)
+            facts = torch.stack([own, p[..., MASK], (tokens == truth).float()], -1)
+            seen.append(facts[tokens != MASK].cpu())
+            following = rm.decide(logits, tokens, MASK, reveal=reveal)
             going = (following != tokens).any(-1)
-            if not going.any():
-                break
             history.keep(going)
             tokens = following[going]
             truth = truth[going]
+            if not len(tokens):
+                break
     return torch.cat(seen)
 
 
-STUDIES = {"turns": study_turns, "severity": study_severity, "calibration": study_calibration}
+STUDIES = {
+    "turns": study_turns,
+    "severity": study_severity,
+    "clues": study_clues,
+    "calibration": study_calibration,
+}
 
 
-def draw_lines(path: Path, rows: list[dict], key: str, label: str) -> None:
-    """Exact and valid of the rows against key, with 95 % intervals where a row has them."""
-    figure, ((axis,),) = rm.new_figure()
-    x = [row[key] for row in rows]
-    for share in ("exact", "valid"):
-        (line,) = axis.plot(x, [row[share] for row in rows], "o-", markersize=3, label=share)
-        if f"ci95_{share}" in rows[0]:
-            low, high = zip(*[row[f"ci95_{share}"] for row in rows])
-            axis.fill_between(x, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
-    if key == "turns":
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(x, x)
-    axis.yaxis.set_major_formatter("{x:.0%}")
-    axis.set(xlabel=label, ylabel="boards")
-    axis.grid(alpha=0.3)
-    axis.legend(frameon=False)
-    rm.save_figure(figure, path)
-
-
-def draw_calibration(path: Path, rows: list[dict], sums: Tensor) -> None:
-    """Left: the share that is right against p(x).  Right: the distribution of p(x) + p(M)."""
-    figure, ((left, right),) = rm.new_figure(1, 2, width=8.0)
-    rows = [row for row in rows if row["n"]]
-    p = [row["mean_p"] for row in rows]
-    left.plot([0, 1], [0, 1], color="grey", linewidth=1, linestyle="--")
-    left.plot(p, [row["right"] for row in rows], "o", markersize=3)
-    left.vlines(p, *zip(*[row["ci95"] for row in rows]))
-    left.set(xlabel="p(x) at visible cells", ylabel="share of them right")
-    right.hist(sums.numpy(), bins=[i / 50 for i in range(51)] + [1.02], log=True)
-    right.set(xlabel="p(x) + p(MASK) at visible cells", ylabel="cells")
-    rm.save_figure(figure, path)
+def draw(
+    path: Path, rows: list[dict], key: str, label: str, shares=("exact", "valid"), log: bool = False
+) -> None:
+    """Shares of the rows against key, with their intervals where a row has them."""
+    lines = {}
+    for share in shares:
+        lines[share] = [(row[key], row[share], row.get(f"ci95_{share}")) for row in rows]
+    rm.draw_lines(path, lines, label, "%", log)
 
 
 def animate(path: Path, trace: Tensor, clues: Tensor) -> None:
@@ -809,11 +786,9 @@ def read_boards(path: Path, n: int, solved: bool) -> tuple[Tensor, Tensor]:
 
 def parse_options():
     """The command line, with what depends on the mode filled in."""
-    about = "Reflective Masking on Sudoku.  Alone: train the full variant, evaluate it, draw."
-    options = rm.Options(description=about)
+    options = rm.Options(description="Reflective Masking on Sudoku.  Alone: train, evaluate, draw.")
     count = rm.number(int, 1)
-    share = rm.number(float, 0, 1)
-    trained = ("evaluate", "revise", "solve", "puzzles", "study")
+    used = ("evaluate", "revise", "solve", "puzzles", "study")
 
     add = options.add_argument_group("what to do (default: train)")
     add = add.add_mutually_exclusive_group().add_argument
@@ -824,41 +799,31 @@ def parse_options():
     add("--study", choices=[*STUDIES, "all"], help="a JSON and a figure")
 
     add = options.group("training", "train")
-    add("--variant", choices=[*VARIANTS, "all"], default="full", help="all: those of the tables")
+    add("--variant", choices=[*VARIANTS, "all"], default="rm", help="all: those of the table")
     add("--minutes", type=rm.number(float, 0.01), default=15, help="made into steps (default 15)")
     add("--steps", type=count, help="exactly so many instead, for equal training")
-    add("--gamma", type=share, help="decay of history (default: the variant's)")
+    add("--gamma", type=rm.number(float, 0, 1), help="decay of history (default: the variant's)")
     add("--no-rotate", dest="rotate", action="store_false", default=None, help="no HER")
-    add("--own-states", type=share, default=0.5, help="share of the batch that goes on from own "
-        "decisions (default 0.5; 0 is better for rm and direct)")  # fmt: skip
-    add("--second-guess", type=share, default=0.3, help="of the trajectories (default 0.3)")
     add("--compile", action="store_true", help="torch.compile (on a CPU it needs a C++ compiler)")
 
-    add = options.group("evaluation", *trained)
-    shipped = Path(__file__).parent / "checkpoints/sudoku_full.pt"
+    add = options.group("evaluation", *used)
+    shipped = Path(__file__).parent / "checkpoints/sudoku_rm.pt"
     add("--checkpoint", type=Path, default=shipped, help="default: the shipped one")
     add("--boards", type=Path, metavar="FILE", modes=("evaluate",), help="solved, to be corrupted")
     add("--n", type=count, default=2000, modes=("train", "evaluate", "puzzles", "study"),
         help="boards at most (default 2000)")  # fmt: skip
     add("--corrupt", type=rm.number(int, 0, 81), nargs=2, default=TASK, metavar=("LOW", "HIGH"),
-        modes=("train", "evaluate", "study"), help="wrong cells (default 4 20)")  # fmt: skip
-    add("--max-turns", type=count, modes=(), help="forward passes (default 32; solving 100)")
-    add("--reveal", type=rm.number(int, 0, 81), modes=trained[:4],
-        help="most cells revealed a turn, surest first; 0: all (default 0; solving 1)")  # fmt: skip
+        modes=("evaluate",), help="wrong cells (default 4 20)")  # fmt: skip
+    add("--max-turns", type=count, modes=(), help="forward passes (default 32; one a turn 100)")
+    add("--reveal", type=rm.number(int, 0, 81),
+        help="most cells revealed a turn, surest first; 0: all (default 0; solving 1)")
     add("--gif", type=Path, metavar="FILE.gif", modes=("revise", "solve"), help="the turns, moving")
     options.general("runs/sudoku", "of training; with --evaluate of the test boards",
                     ("train", "study"), ("train", "evaluate"))  # fmt: skip
-    args = options.parse(lambda args: next((m for m in trained if m in args.given), "train"))
+    args = options.parse(lambda args: next((m for m in used if m in args.given), "train"))
 
-    ignored = {
-        "minutes": args.steps or args.smoke,
-        "own_states": args.variant == "plain",
-        "second_guess": args.variant == "plain",
-        "corrupt": args.study == "severity",
-        "max_turns": args.study == "turns",
-    }
-    for name in args.given & {name for name, true in ignored.items() if true}:
-        options.error(f"--{name.replace('_', '-')} has no effect there")
+    if args.steps and "minutes" in args.given:
+        options.error("--minutes has no effect with --steps")
     if args.corrupt[0] > args.corrupt[1]:
         options.error(f"--corrupt: {args.corrupt[0]} is more than {args.corrupt[1]}")
     if args.gif:
@@ -871,34 +836,27 @@ def parse_options():
     tiny = {"steps": 4, "n": 8, "max_turns": 4} if args.smoke else {}
     for name in tiny.keys() - args.given:
         setattr(args, name, tiny[name])
-    solving = args.mode in ("solve", "puzzles")
-    args.max_turns = args.max_turns or (100 if solving else 32)
+    solving = args.mode in ("solve", "puzzles") or args.study == "clues"
     args.reveal = int(solving) if args.reveal is None else args.reveal
+    args.max_turns = args.max_turns or (100 if args.reveal else 32)
     return args
 
 
 def main() -> None:
     args = parse_options()
     device = rm.start_device(args.device)
-    if rm.dist.is_initialized() and args.mode != "train":
+    if args.mode == "train":
+        variants = list(VARIANTS) if args.variant == "all" else [args.variant]
+        names = ("minutes", "steps", "gamma", "rotate", "compile", "n", "max_turns")
+        plan = {name: getattr(args, name) for name in names}
+        plan |= {"pool": 20, "puzzles": 2, "validation": 8} if args.smoke else {}
+        result = train_table(variants, args.out, device, args.seed, **plan)
+    elif rm.dist.is_initialized():
         raise InputError("torchrun is for training; run this with one process")
-    result = run_training(args, device) if args.mode == "train" else use_checkpoint(args, device)
+    else:
+        result = use_checkpoint(args, device)
     if args.json and rm.is_main_process():
         rm.write_json(args.json, result)
-
-
-def run_training(args, device: torch.device) -> dict:
-    names = {field.name for field in fields(Settings)} & vars(args).keys()
-    settings = Settings(**{name: getattr(args, name) for name in names})
-    if args.steps:
-        settings.minutes = None
-    if args.smoke:
-        settings.pool, settings.validation = 20, 8
-    runs = [(args.variant, args.seed)]
-    if args.variant == "all":  # the full variant, first, and plain RM with two seeds more
-        runs = [(variant, args.seed) for variant in VARIANTS]
-        runs += [(variant, args.seed + i) for i in (1, 2) for variant in ("full", "rm")]
-    return train_table(runs, settings, args.out, device)
 
 
 def use_checkpoint(args, device: torch.device) -> dict:
@@ -911,17 +869,25 @@ def use_checkpoint(args, device: torch.device) -> dict:
         raise InputError(f"{args.checkpoint} has no Eq. 1: --evaluate it, without --reveal")
     trained = (model, info["gamma"], info["rotate"])
     how = {"max_turns": args.max_turns, "reveal": args.reveal or None}
-    if args.mode == "revise":
-        return show_revision(*trained, parse_board(args.revise), gif=args.gif, **how)
-    if args.mode == "solve":
-        puzzle = parse_board(args.solve, "the puzzle", puzzle=True)
-        return show_revision(*trained, puzzle, solve=True, gif=args.gif, **how)
+    if args.mode in ("revise", "solve"):
+        solve = args.mode == "solve"
+        board = parse_board(args.solve if solve else args.revise, puzzle=solve)
+        return show_revision(*trained, board, solve=solve, gif=args.gif, **how)
+
+    about = {"checkpoint": args.checkpoint.name, "provenance": rm.provenance()}
+    if args.mode == "study":
+        studies = {}
+        for name in STUDIES if args.study == "all" else [args.study]:
+            path = args.out / f"sudoku_{name}.png"
+            studies[name] = {**STUDIES[name](trained, args.n, how, path), **how, **about}
+            rm.write_json(path.with_suffix(".json"), studies[name])
+        return studies
     if args.mode == "puzzles":
         start, clean = read_boards(args.puzzles, args.n, solved=False)
         score = evaluate(*trained, clean, start, solve=True, **how)
         if (clean == MASK).any():  # what compares with the truth is not known
-            truth = "exact ci95_exact replay_mistake remasked_wrong_cells replayed_cells right"
-            score |= dict.fromkeys(truth.split())
+            truth = ("exact", "ci95_exact", "replay_mistake", "remasked_wrong_cells", "right")
+            score |= dict.fromkeys(truth)
         score |= {"solved": score["valid"], "ci95_solved": score["ci95_valid"]}
         turns = f"{score['mean_turns']:.1f} turns"
         print(f"solved {score['solved']:.1%} of {score['n']} puzzles in {turns}")
@@ -931,17 +897,9 @@ def use_checkpoint(args, device: torch.device) -> dict:
         else:
             clean = random_boards(args.n, TEST_SEED + args.seed)
         start = corrupt(clean, *args.corrupt, TEST_SEED + args.seed)
-        if args.study:
-            return run_studies(args.study, trained, clean, start, args.max_turns, args.out)
         score = evaluate(*trained, clean, start, make_rule=make_rule, **how)
         print_table({f"{'baseline' if make_rule else 'ours'}, {info['variant']}": score})
-    return {
-        **score,
-        "seed": args.seed,
-        "checkpoint": args.checkpoint.name,
-        "boards": rm.fingerprint(start, clean),
-        "provenance": rm.provenance(),
-    }
+    return {**score, "seed": args.seed, "boards": rm.fingerprint(start, clean), **about}
 
 
 if __name__ == "__main__":
