@@ -1,7 +1,7 @@
 """Task 2: text.  A small mask diffusion model writes an answer to a prompt, then revises it.
 
     python train_text.py                             base, SFT and RM on --task code: half an hour
-    python train_text.py --task all --history        math, code and choice mixed; RM + history too
+    python train_text.py --task all --history        math, code and choice in turn; RM + history too
     python train_text.py --evaluate                  score the shipped checkpoint
     python train_text.py --ask "number of x over 3|7 4:2|8 6:2" --passes 9      watch it revise
     python train_text.py --data TRAIN.jsonl --test TEST.jsonl   lines {"prompt": ..., "answer": ...}
@@ -50,11 +50,13 @@ LAWS = {  # of training states: the mean share of positions that start wrong, of
     "paper": (0.3, 0.0),
 }
 SIZE = (128, 4)  # width and layers of the network: 0.8 M parameters
+BATCH_SIZE = 32
 LEARNING_RATE = {"base": 2.5e-3, "sft": 4e-4, "rm": 4e-4, "history": 4e-4}
 MUON_FACTOR = 3  # at 8, the default that suits Sudoku, a base learns far slower
 PROMPT_SHARE = 0.2  # of the base's rows mask the prompt too
 TOP_K = 4  # a mistake is among the base's likeliest tokens
-VALIDATION = 300  # problems, for the curve and to choose haste and doubt
+PACES = (1, 1.5, 2)  # of RM's reveals; the passes saved are for revision
+VALIDATION = 300  # problems, for the curve and to choose the pace
 TEST_SEED = 1  # of the published test problems
 
 
@@ -162,15 +164,6 @@ class Author(random.Random):
         steps = self.any_order(self.times(a, b), self.times(c, d))
         return f"{a}*{b}+{c}*{d}", worked(*steps, self.plus(a * b, c * d), result=a * b + c * d)
 
-    def two_heaps(self):
-        a, b, c = self.draw((2, 9), (2, 9), (1, 18))
-        pens = a * b + c
-        first = self.randint(1, pens - 1)
-        second = pens - first
-        steps = self.times(a, b), self.plus(a * b, c), f"{first}+{second}={pens}"
-        prompt = f"{a} boxes of {b} pens and {c}: two heaps?"
-        return prompt, worked(*steps, result=f"{first},{second}")
-
     def linear_equation(self):
         a, bracket, b = self.draw((2, 9), (2, 10), (1, 9))
         x = self.randint(1, bracket - 1)
@@ -179,17 +172,6 @@ class Author(random.Random):
         checking = self.plus(x, p), self.times(a, bracket), self.plus(a * bracket, b)
         return f"solve {a}(x+{p})+{b}={c}", worked(*self.choice((solving, checking)), result=x)
 
-    def two_unknowns(self):
-        a, x, y = self.draw((2, 9), (1, 18), (1, 9))
-        steps = self.times(a, y), self.plus(x, a * y)
-        return f"x+{a}y={x + a * y}: x, y?", worked(*steps, result=f"{x},{y}")
-
-    def other_root(self):
-        p, q = self.draw((1, 18), (1, 18))
-        steps = self.any_order(f"{p + q}-{p}={q}", f"{p * q}/{p}={q}")
-        prompt = f"x^2-{p + q}x+{p * q}, one root {p}: other?"
-        return prompt, worked(*steps[: self.randint(1, 2)], result=q)
-
     def three_unknowns(self):
         a, b, z = self.draw((2, 9), (2, 9), (1, 9))
         x, y = self.draw((1, a - 1), (1, b - 1))
@@ -197,13 +179,6 @@ class Author(random.Random):
         steps = self.plus(x, p), self.plus(y, q), self.times(a, b), self.plus(a * b, z)
         prompt = f"(x+{p})(y+{q})+z={a * b + z}: x, y, z?"
         return prompt, worked(*steps, result=f"{x},{y},{z}")
-
-    def greatest_common_divisor(self):
-        while True:
-            g, m, n = self.draw(*[(2, 9)] * 3)
-            if math.gcd(m, n) == 1:
-                steps = self.any_order(self.times(g, m), self.times(g, n))
-                return f"gcd of {g * m} and {g * n}", worked(*steps, result=g)
 
     def number_with_remainder(self):
         b, quotient = self.draw((3, 9), (1, 9))
@@ -224,22 +199,6 @@ class Author(random.Random):
         prompt = f"{a} red, {b} blue hats, {c} coats: outfits?"
         return prompt, worked(*steps, result=(a + b) * c)
 
-    def red_and_blue(self):
-        share, whole = sorted(self.sample(range(1, 10), 2))
-        k = self.randint(1, 9)
-        red, balls = k * share, k * whole
-        steps = self.any_order(self.times(k, share), self.times(k, whole))
-        steps.append(f"{balls}-{red}={balls - red}")
-        prompt = f"{share}/{whole} red, over {self.randint(1, balls - 1)} balls: red, blue?"
-        return prompt, worked(*steps, result=f"{red},{balls - red}")
-
-    def frame_area(self):
-        a, b, c, d = self.draw((3, 9), (3, 9), (1, 3), (1, 3))
-        steps = self.any_order(self.times(a, b), self.times(c, d))
-        left = a * b - c * d
-        steps.append(f"{a * b}-{c * d}={left}")
-        return f"{a} by {b}, hole {c} by {d}: area?", worked(*steps, result=left)
-
     def rectangle(self):
         a, b = self.draw((1, 36), (2, 36))
         steps = f"{2 * (a + b)}/2={a + b}", f"{a}+{b}={a + b}"
@@ -252,12 +211,6 @@ class Author(random.Random):
         steps = self.any_order(self.times(a, c), self.times(b, d))
         answer = worked(*steps, self.plus(a * c, b * d), result=a * c + b * d)
         return f"({a},{b}) dot ({c},{d})", answer
-
-    def arithmetic_sequence(self):
-        first, step, n = self.draw((1, 18), (1, 9), (3, 10))
-        last = first + step * (n - 1)
-        steps = f"{n}-1={n - 1}", self.times(step, n - 1), self.plus(first, last - first)
-        return f"term {n} is {last}: first, step?", worked(*steps, result=f"{first},{step}")
 
     def program(self):
         """A specification in words with two examples; the answer is one of its programs."""
@@ -335,28 +288,23 @@ FINISHES = {  # words: (what becomes of all, [(over what, the program around {e}
     "number of ": (len, [("xs", "len([{e}])"), ("xs", "sum(1 for x in xs{test})")]),
 }
 SOLVES = {  # questions with several right results: whether numbers solve those of the prompt
-    "two heaps?": lambda n, a, b: a + b == n[0] * n[1] + n[2],
-    "x, y?": lambda n, x, y: x + n[0] * y == n[1],
     "x, y, z?": lambda n, x, y, z: (x + n[0]) * (y + n[1]) + z == n[2],
     "number?": lambda n, a: a > n[0] and a % n[2] == n[1],
-    "red, blue?": lambda n, a, b: a * n[1] == (a + b) * n[0] and a + b > n[2],
     "sides?": lambda n, a, b: 2 * (a + b) == n[0] and max(a, b) > n[1],
-    "first, step?": lambda n, first, step: first + step * (n[0] - 1) == n[1],
 }
-TASKS = {  # task -> subject -> templates
+TASKS = {  # task -> subject -> its template
     "math": {
-        "prealgebra": [Author.sum_of_products, Author.two_heaps],
-        "algebra": [Author.linear_equation, Author.two_unknowns],
-        "intermediate algebra": [Author.other_root, Author.three_unknowns],
-        "number theory": [Author.greatest_common_divisor, Author.number_with_remainder],
-        "counting & probability": [Author.outfits, Author.red_and_blue],
-        "geometry": [Author.frame_area, Author.rectangle],
-        "precalculus": [Author.dot_product, Author.arithmetic_sequence],
+        "prealgebra": Author.sum_of_products,
+        "algebra": Author.linear_equation,
+        "intermediate algebra": Author.three_unknowns,
+        "number theory": Author.number_with_remainder,
+        "counting & probability": Author.outfits,
+        "geometry": Author.rectangle,
+        "precalculus": Author.dot_product,
     },
-    "code": {"code": [Author.program]},
-    "choice": {"choice": [Author.which_is]},
+    "code": {"code": Author.program},
+    "choice": {"choice": Author.which_is},
 }
-SHARES = {task: {task: 1.0} for task in TASKS} | {"all": {"math": 0.5, "code": 0.4, "choice": 0.1}}
 TASK_GRADER = {"math": "math", "code": "code", "choice": "exact"}
 
 
@@ -372,8 +320,8 @@ def generate(task: str, count: int, part: str, seed: int) -> list[Problem]:
     seen = set()
     misses = 0
     while len(problems) < count:
-        subject, templates = subjects[len(problems) % len(subjects)]
-        prompt, answer = author.choice(templates)(author)
+        subject, template = subjects[len(problems) % len(subjects)]
+        prompt, answer = template(author)
         misses += 1
         if misses > 20_000:
             raise InputError(f"there are too few different {task} problems for {count} of {part}")
@@ -382,15 +330,6 @@ def generate(task: str, count: int, part: str, seed: int) -> list[Problem]:
             seen.add(prompt)
             problems.append(Problem(prompt, answer, subject, TASK_GRADER[task]))
             misses = 0
-    return problems
-
-
-def mixed(task: str, count: int, part: str, seed: int) -> list[Problem]:
-    """As generate; "all" mixes the tasks: their shares in training, count of each elsewhere."""
-    problems = []
-    for name, share in SHARES[task].items():
-        share = share if part == "train" else 1
-        problems += generate(name, max(1, round(share * count)), part, seed)
     return problems
 
 
@@ -403,11 +342,10 @@ class Data(NamedTuple):
 
 
 def generated_data(task: str, pool: int, n: int, validation=VALIDATION, seed: int = 0) -> Data:
-    """pool problems to train on, n of each task to test on; seed is of the training problems."""
-    train = mixed(task, pool, "train", seed)
-    each = max(1, validation // len(SHARES[task]))
-    held_out = mixed(task, each, "validation", TEST_SEED)
-    test = mixed(task, n, "test", TEST_SEED)
+    """pool problems to train on, n to test on; seed is of the training problems."""
+    train = generate(task, pool, "train", seed)
+    held_out = generate(task, validation, "validation", TEST_SEED)
+    test = generate(task, n, "test", TEST_SEED)
     everything = train + held_out + test
     return Data(task, train, held_out, test, Tokenizer.of(everything, everything, words=False))
 
@@ -417,7 +355,7 @@ def own_data(
     reading: tuple = (),
 ) -> Data:  # fmt: skip
     """Two files; prompts of the test are left out of training.  reading: to read_problems."""
-    name = f"own_{train.stem}" if train.stem in SHARES else train.stem
+    name = f"own_{train.stem}" if train.stem in TASKS else train.stem
     found = read_problems(train, words, *reading)
     tests = read_problems(test, words, *reading)[:n]
     tested = {p.prompt for p in tests}
@@ -434,12 +372,13 @@ def own_data(
 
 def read_problems(
     path: Path, words: bool = False, prompt_key: str = "prompt", answer_key: str = "answer",
-    max_length: int | None = None, grader: str = "exact",
+    max_length: int | None = None,
 ) -> list[Problem]:  # fmt: skip
     """JSON objects, one a line; InputError names the file and the line.
 
     With prompt_key instruction a field input is part of the prompt (alpaca).  max_length: problems
-    whose prompt or answer has more tokens are left out, and counted.
+    whose prompt or answer has more tokens are left out, and counted.  Where an answer has ####, as
+    in gsm8k, what follows decides whether another is right; else all of it.
     """
     problems = []
     wanted = f'{{"{prompt_key}": text, "{answer_key}": text}}, neither empty'
@@ -453,6 +392,7 @@ def read_problems(
             rm.require(prompt.encode() and answer.encode(), "a text is empty")
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise InputError(f"{where} must be {wanted}: {rm.first_line(error)}") from None
+        grader = "result" if "####" in answer else "exact"
         problems.append(Problem(prompt, answer, "all", grader, where))
     if max_length is None:
         return problems
@@ -622,13 +562,11 @@ def sample_revision(
     editable = (torch.arange(clean.shape[1], device=pool.device) >= start).expand_as(clean)
     length = clean.shape[1] - start
 
-    most = uniform(batch_size, 1)
     some = uniform(batch_size, 1) > 0.25
-    share = 2 * corruption * most * some * 4 / 3  # of a row; in the mean corruption
+    share = uniform(batch_size, 1) * some * 2 * corruption * 4 / 3  # of a row; mean: corruption
     starts_wrong = editable & (uniform(clean.shape) < share)
-    noise = uniform(clean.shape)
     share = uniform(batch_size, 1)
-    probed = editable & (starts_wrong | (noise < share))
+    probed = editable & (starts_wrong | (uniform(clean.shape) < share))
     in_reveal = uniform(batch_size, 1) < reveals
     rank = random_rank(editable, uniform)
     masks = ((length + 1) ** uniform(batch_size, 1)).long()  # log-uniform in 1..N
@@ -637,7 +575,7 @@ def sample_revision(
         logits = base(history_embedding(probe.unsqueeze(0), base.embedding, 0.0)).float()
 
     moving = editable
-    wrong = rm.topk_wrong(logits, clean, MASK, TOP_K, 2, generator)[0]  # the second is not needed
+    wrong = rm.topk_wrong(logits, clean, MASK, TOP_K, generator)
     if law == "ours":
         logits[..., MASK] = -torch.inf
         likely, tokens = logits.topk(min(TOP_K, logits.shape[-1] - 1), dim=-1)
@@ -646,7 +584,7 @@ def sample_revision(
         moving = editable & ~(starts_wrong & (draft == clean))  # a draft of the truth stands
         wrong = torch.where(draft == clean, wrong, draft)
     p_wrong = starts_wrong.float()
-    states = rm.sample_trajectory(clean, moving, wrong, MASK, 6, p_wrong, generator=generator)
+    states = rm.sample_trajectory(clean, moving, wrong, MASK, 6, p_wrong, generator)
     turn = torch.randint(6, (batch_size,), generator=generator, device=pool.device)
     states = rm.history_until(states, turn)
 
@@ -717,31 +655,27 @@ def even_reveal(passes: int) -> Callable[..., Tensor]:
     return rule
 
 
-def chosen_at(chosen: list[tuple[int, float]], passes: int) -> float:
-    """The haste or doubt for that many passes, or the nearest number below (else the first)."""
-    return max((pair for pair in chosen if pair[0] <= passes), default=chosen[0])[1]
+def pace_at(paces: list[tuple[int, float]], passes: int) -> float:
+    """The pace chosen for that many passes, or the nearest number below (else the first)."""
+    return max((pair for pair in paces if pair[0] <= passes), default=paces[0])[1]
 
 
 def decode(model: Model, info: dict, rows: Tensor, passes: int) -> Iterator[rm.Revision]:
     """Answers in at most `passes` forward passes; one Revision, with trace, for every 256 rows.
 
     base and sft: LLaDA's low-confidence decoding; nothing is re-masked.  rm and history: Eq. 1 at
-    info["haste"] times that pace, so that the passes saved are free turns of revision.
-    info["doubt"] d > 0 (ours) re-masks sooner, where p(M) > exp(-d) p(x); reveals stay the same.
+    a pace, info["haste"], of at least once that, so that the passes saved are free for revision.
     rows: int64 [n, prompt + answer], MASK where the answer goes.
     """
     revises = info["variant"] in REVISING
     length = info["tokenizer"]["answer_length"]
     device = model.embedding.device
     editable = torch.arange(rows.shape[1], device=device) >= rows.shape[1] - length
-    doubt = chosen_at(info["doubt"], passes) if revises else 0.0
-    reveal = math.ceil(chosen_at(info["haste"], passes) * length / passes) if revises else None
+    reveal = math.ceil(pace_at(info["haste"], passes) * length / passes) if revises else None
 
     def denoiser(embedded: Tensor) -> Tensor:
         with rm.mixed_precision(device):
-            logits = model(embedded).float()
-        logits[..., MASK] += doubt
-        return logits
+            return model(embedded).float()
 
     for part in rows.to(device).split(256):
         history = HistoryReference(model.embedding.detach(), info["gamma"], info["rotate"])
@@ -782,7 +716,7 @@ def evaluate(model: Model, info: dict, problems: list[Problem], passes: int) -> 
         subjects[problem.subject] += "01"[verdict]
     return {
         "accuracy": sum(right) / n,
-        "ci95": bootstrap_interval(right, 2000),
+        "ci95": rm.bootstrap_interval(right, 2000),
         "n": n,
         "passes": passes,
         "mean_passes": sum(turns) / n,
@@ -797,28 +731,6 @@ def evaluate(model: Model, info: dict, problems: list[Problem], passes: int) -> 
         "seconds": seconds,
         "right": "".join("01"[verdict] for verdict in right),
     }
-
-
-def bootstrap_interval(values: list[int], draws: int = 10_000) -> tuple[float, float]:
-    """The 95 % interval of the mean of values, a value a prompt, by resampling the prompts.
-
-    The draws are the same for as many prompts, so differences of two models on the same prompts
-    make it a paired bootstrap.
-    """
-    values = torch.tensor(values, dtype=torch.float)
-    generator = torch.Generator().manual_seed(0)
-    means = []
-    for _ in range(0, draws, 500):
-        resampled = torch.randint(len(values), (500, len(values)), generator=generator)
-        means.append(values[resampled].mean(-1))
-    return tuple(torch.cat(means).quantile(torch.tensor([0.025, 0.975])).tolist())
-
-
-def paired_bootstrap(ours: str, theirs: str) -> dict:
-    """Share right, ours minus theirs ("0" and "1" a prompt): difference and its 95 % interval."""
-    values = [int(a) - int(b) for a, b in zip(ours, theirs)]
-    difference = sum(values) / len(values)
-    return {"difference": difference, "ci95": bootstrap_interval(values), "n": len(values)}
 
 
 def budgets(info: dict, passes: list[int] | None = None) -> list[int]:
@@ -863,112 +775,70 @@ def sampler(variant: str, base: Model | None, pool: Tensor, start: int, law: str
 def train_variant(
     variant: str, model: Model, base: Model | None,
     data: Data, pool: Tensor, steps: int, out: Path, passes: list[int] | None = None,
-    haste: tuple[float, ...] = (1, 2), doubt: tuple[float, ...] = (0,), law: str = "ours",
-    batch_size: int = 32, compile: bool = False, seed: int = 0,
+    law: str = "ours", compile: bool = False, seed: int = 0,
 ) -> dict:  # fmt: skip
     """Trains (or resumes) and scores one variant; writes OUT/<name>_<variant>_seed<seed>.pt, .json.
 
     A finished run, one whose .json exists, is read back instead.  Returns the record.
     """
-    label, gamma, rotate = VARIANTS[variant]
+    _, gamma, rotate = VARIANTS[variant]
     revises = variant in REVISING
-    path = out / f"{data.name}_{variant}_seed{seed}.json"
     settings = {
         "data": rm.fingerprint(*(text for p in data.train for text in p[:4])),
         "test": rm.fingerprint(*(text for p in data.test for text in p[:4])),
         "base": rm.fingerprint(*base.state_dict().values()) if base else None,
         "steps": steps,
-        "batch_size": batch_size,
         "words": data.tokenizer.words,
         "passes": passes,
         "law": law if revises else None,
-        "haste": list(haste) if revises else None,
-        "doubt": list(doubt) if revises else None,
     }
-    record = rm.finished_record(path, settings)
-    if record:
-        return record
-    resume = path.with_suffix(".resume.pt")
-    notes = rm.resume_notes(resume, settings) or {"settings": settings, "curve": []}
+    run = rm.Run(out / f"{data.name}_{variant}_seed{seed}", settings)
+    if run.record:
+        return run.record
+
     info = {
         "variant": variant,
         "trained_on": data.name,
         "gamma": gamma,
         "rotate": rotate,
         "tokenizer": asdict(data.tokenizer),
-        "haste": [(1, haste[-1])],
-        "doubt": [(1, doubt[0])],
+        "haste": [(1, PACES[-1])],
     }
-
-    say(f"{label}, seed {seed}: {steps} steps of {batch_size} on {pool.device}")
-    curve = notes["curve"]
+    quarter = max(1, data.tokenizer.answer_length // 4)  # passes of the curve
     every = max(1, steps // 4)
     probed = torch.compile(base) if compile and base else base
     sample = sampler(variant, probed, pool, data.tokenizer.prompt_length, law)
     for step, stats in rm.train(
-        model, sample, steps, MASK, batch_size, gamma, rotate, LEARNING_RATE[variant], MUON_FACTOR,
-        warmup=min(100, steps // 5 + 1), compile=compile, checkpoint=resume, notes=notes,
-        checkpoint_every=max(1, steps // 20), seed=seed + 1000 * list(VARIANTS).index(variant),
+        model, sample, steps, MASK, BATCH_SIZE, gamma, rotate, LEARNING_RATE[variant], MUON_FACTOR,
+        warmup=min(100, steps // 5 + 1), compile=compile, **run.files(max(1, steps // 20)),
+        seed=seed + 1000 * list(VARIANTS).index(variant),
     ):  # fmt: skip
+        scores = None
         if rm.is_main_process() and (step % every == 0 or step == steps):
-            curve.append(curve_point(model, info, data, step, stats))
-        if step % max(1, every // 10) == 0 or step == steps:
-            right = f"right {curve[-1][data.name]:.1%}" if curve else ""
-            rm.show_progress(step, steps, stats, right)
+            scores = {"right": evaluate(model, info, data.validation, quarter)["accuracy"]}
+        if scores or step % max(1, every // 10) == 0:
+            run.show(step, steps, stats, scores)
 
+    test = None
     if rm.is_main_process():
         if revises:
-            info |= choose_decoding(model, info, data.validation, passes, haste, doubt)
-        record = {
-            **info,
-            "seed": seed,
-            "steps": steps,
-            "minutes": curve[-1]["minutes"],
-            "settings": settings,
-            "params": sum(p.numel() for p in model.parameters()),
-            "compiled": compile,
-            "provenance": rm.provenance(),
-            "curve": curve,
-            "test": {data.name: evaluate_all(model, info, data.test, passes)},
-        }
-        rm.save_checkpoint(path.with_suffix(".pt"), model, task="text", **record)
-        rm.write_json(path, record)
-        resume.unlink(missing_ok=True)
-    if rm.dist.is_initialized():
-        rm.dist.barrier()
-    return record
+            info["haste"] = choose_pace(model, info, data.validation, passes)
+        test = evaluate_all(model, info, data.test, passes)
+    return run.finish(model, "text", **info, seed=seed, steps=steps, compiled=compile, test=test)
 
 
-def curve_point(model: Model, info: dict, data: Data, step: int, stats: dict) -> dict:
-    """The losses, and the share right on validation problems at N/4 passes."""
-    passes = max(1, data.tokenizer.answer_length // 4)
-    return {
-        "step": step,
-        "minutes": stats["seconds"] / 60,
-        "passes": passes,
-        "reveal": float(stats["reveal"]),
-        "remask": float(stats["remask"]),
-        "keep": float(stats["keep"]),
-        data.name: evaluate(model, info, data.validation, passes)["accuracy"],
-    }
-
-
-def choose_decoding(
-    model: Model, info: dict, validation: list[Problem],
-    passes: list[int] | None, haste: tuple[float, ...], doubt: tuple[float, ...],
-) -> dict[str, list[tuple[int, float]]]:  # fmt: skip
-    """For every number of passes the pair of haste and doubt that is best on validation."""
-    pairs = [(h, d) for d in doubt for h in haste]
-    chosen = {"haste": [], "doubt": []}
+def choose_pace(
+    model: Model, info: dict, validation: list[Problem], passes: list[int] | None
+) -> list[tuple[int, float]]:
+    """For every number of passes the one of PACES that is best on validation problems."""
+    chosen = []
     for count in budgets(info, passes):
-        right = dict.fromkeys(pairs, 0.0)
-        for pair in pairs if len(pairs) > 1 else []:
-            trial = {**info, "haste": [(1, pair[0])], "doubt": [(1, pair[1])]}
-            right[pair] = evaluate(model, trial, validation, count)["accuracy"]
-        best = max(right, key=right.get)
-        say("at {} passes haste {:g}, doubt {:g}".format(count, *best))
-        chosen["haste"].append((count, best[0]))
-        chosen["doubt"].append((count, best[1]))
+        right = {}
+        for pace in PACES:
+            trial = {**info, "haste": [(1, pace)]}
+            right[pace] = evaluate(model, trial, validation, count)["accuracy"]
+        chosen.append((count, max(right, key=right.get)))
+    say(f"(passes, pace): {chosen}")
     return chosen
 
 
@@ -995,38 +865,41 @@ def train_all(
         if base:
             model.load_state_dict(base.state_dict())
         count = steps if base else base_steps
-        records[variant] = train_variant(
-            variant, model, base, data, pool, count, out, seed=seed, **options
-        )
+        how = {"seed": seed, **options}
+        records[variant] = train_variant(variant, model, base, data, pool, count, out, **how)
         if variant == "base":
             base, _ = rm.load_checkpoint(out / f"{data.name}_base_seed{seed}.pt", "text", device)
     if not rm.is_main_process():
         return {}
-    result = report(records, data)
+
+    result = report(records, data.tokenizer.answer_length)
     print_table(result, data.name)
-    draw_curves(out / f"text_{data.name}.png", result, data.name)
-    rm.write_json(out / f"text_{data.name}.json", result)
+    lines = {
+        VARIANTS[variant][0]: [(row["passes"], row["accuracy"], row["ci95"]) for row in rows]
+        for variant, rows in result["scores"].items()
+    }
+    path = out / f"text_{data.name}.png"
+    rm.draw_lines(path, lines, "forward passes", "right answers, %", log=True)
+    rm.write_json(path.with_suffix(".json"), result)
     return result
 
 
-def report(records: dict[str, dict], data: Data) -> dict:
+def report(records: dict[str, dict], answer_length: int) -> dict:
     """Scores of the variants, and the paired differences to SFT at equal forward passes."""
     scores = {variant: record["test"] for variant, record in records.items()}
-    minus_sft = {}
-    for variant in REVISING:
-        for row in scores.get(variant, {}).get(data.name, []):
-            sft = row_at(scores["sft"][data.name], row["passes"])
+    minus_sft = {variant: [] for variant in REVISING if variant in scores}
+    for variant, differences in minus_sft.items():
+        for row in scores[variant]:
+            sft = row_at(scores["sft"], row["passes"])
             subjects = {
-                name: paired_bootstrap(part["right"], sft["subjects"][name]["right"])
+                name: rm.paired_bootstrap(part["right"], sft["subjects"][name]["right"])
                 for name, part in row["subjects"].items()
             }
-            both = paired_bootstrap(row["right"], sft["right"])
-            difference = {"passes": row["passes"], **both, "subjects": subjects}
-            rows = minus_sft.setdefault(variant, {data.name: []})[data.name]
-            rows.append(difference)
-    kept = ("steps", "minutes", "params", "settings", "haste", "doubt", "provenance", "curve")
+            both = rm.paired_bootstrap(row["right"], sft["right"])
+            differences.append({"passes": row["passes"], **both, "subjects": subjects})
+    kept = ("steps", "minutes", "params", "settings", "haste", "provenance", "curve")
     return {
-        "answer_length": data.tokenizer.answer_length,
+        "answer_length": answer_length,
         "scores": scores,
         "minus_sft": minus_sft,
         "records": {v: {key: record[key] for key in kept} for v, record in records.items()},
@@ -1040,7 +913,7 @@ def row_at(rows: list[dict], passes: int) -> dict:
 
 def print_table(result: dict, name: str) -> None:
     """Accuracy against forward passes, by subject too; the differences to SFT."""
-    scores = {variant: families[name] for variant, families in result["scores"].items()}
+    scores = result["scores"]
     counts = sorted({row["passes"] for rows in scores.values() for row in rows})
     subjects = list(scores["base"][0]["subjects"])
     print(f"\n{name}, right % at" + "".join(f"{count:>8}" for count in counts) + "  passes")
@@ -1052,7 +925,7 @@ def print_table(result: dict, name: str) -> None:
             cells = [f"{100 * part['accuracy']:>8.1f}" for part in parts]
             print(f"  {VARIANTS[variant][0]:16}" + "".join(cells))
     for variant, differences in result["minus_sft"].items():
-        for row, score in zip(differences[name], scores[variant]):
+        for row, score in zip(differences, scores[variant]):
             low, high = (100 * bound for bound in row["ci95"])
             gain = f"{100 * row['difference']:+.1f} points ({low:+.1f} to {high:+.1f})"
             print(f"{VARIANTS[variant][0]} minus SFT at {row['passes']} passes: {gain}; "
@@ -1060,37 +933,8 @@ def print_table(result: dict, name: str) -> None:
                   f"{score['broken']:.1%} broken")  # fmt: skip
 
 
-def draw_curves(path: Path, result: dict, name: str) -> None:
-    """Accuracy against forward passes, with 95 % bands."""
-    figure, ((axes,),) = rm.new_figure(width=4.6, height=3.4)
-    for variant, families in result["scores"].items():
-        rows = families[name]
-        passes = [row["passes"] for row in rows]
-        accuracy = [100 * row["accuracy"] for row in rows]
-        low, high = ([100 * row["ci95"][end] for row in rows] for end in (0, 1))
-        (line,) = axes.plot(passes, accuracy, "o-", markersize=3, label=VARIANTS[variant][0])
-        axes.fill_between(passes, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
-    axes.set_xscale("log", base=2)
-    axes.set(xlabel="forward passes", ylabel="right answers, %", title=name)
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
-    rm.save_figure(figure, path)
-
-
 # ------------------------------------------------------------------------------------------------
 # A checkpoint
-
-
-def load_model(
-    path: Path, device: torch.device, haste: float | None = None, doubt: float | None = None
-) -> tuple[Model, dict]:
-    """A checkpoint and its info, where haste and doubt, if given, replace what training chose."""
-    needs = ("variant", "tokenizer", "trained_on", "haste")
-    model, info = rm.load_checkpoint(path, "text", device, needs)
-    given = {name: [(1, x)] for name, x in (("haste", haste), ("doubt", doubt)) if x is not None}
-    if given and info["variant"] not in REVISING:
-        raise InputError(f"{path} never revises: no effect of --{', --'.join(given)}")
-    return model, {"doubt": [(1, 0.0)], **info, **given}
 
 
 def check_test(tokenizer: Tokenizer, problems: list[Problem]) -> None:
@@ -1104,15 +948,14 @@ def check_test(tokenizer: Tokenizer, problems: list[Problem]) -> None:
 
 
 def evaluate_checkpoint(
-    model: Model, info: dict, name: str, test: list[Problem], passes: list[int] | None = None
+    model: Model, info: dict, test: list[Problem], passes: list[int] | None = None
 ) -> dict:
-    """Scores of a checkpoint on test problems called name."""
+    """Scores of a checkpoint on test problems."""
     check_test(Tokenizer(**info["tokenizer"]), test)
     return {
         "variant": info["variant"],
-        "scores": {name: evaluate_all(model, info, test, passes)},
+        "scores": evaluate_all(model, info, test, passes),
         "haste": info["haste"],
-        "doubt": info["doubt"],
         "params": sum(p.numel() for p in model.parameters()),
         "provenance": rm.provenance(),
     }
@@ -1158,33 +1001,29 @@ def parse_arguments():
     positive = rm.number(int, 1)
     train = ("--task", "--data")  # modes: training on a task, on own data, ...
     evaluate = ("--evaluate", "--evaluate --test")
-    generated = ("--task", "--evaluate")
     own = ("--data", "--evaluate --test")
     add = options.group("in place of training")
     add("--evaluate", action="store_true", modes=evaluate, help="score --checkpoint")
     add("--ask", metavar="PROMPT", help="answer one prompt and show every turn")
 
     add = options.group("problems", *own)
-    add("--task", choices=SHARES, modes=generated, help="all mixes the others (default code)")
+    add("--task", choices=[*TASKS, "all"], default="code", modes=("--task",), help="default code")
     add("--pool", type=positive, default=100_000, modes=("--task",),
         help="generated to train on (default 100000)")
     add("--n", type=positive, default=1050, modes=train + evaluate,
-        help="test problems of a task at most (default 1050)")
+        help="test problems at most (default 1050)")
     add("--data", type=Path, metavar="TRAIN.jsonl", modes=("--data",), help="own; needs --test")
     add("--test", type=Path, metavar="TEST.jsonl", help="own test problems")
     add("--prompt-key", default="prompt", metavar="KEY", help="of own: question, instruction, ...")
     add("--answer-key", default="answer", metavar="KEY", help="of own: output, ...")
     add("--max-length", type=positive, metavar="TOKENS", help="leave out own with a longer text")
     add("--words", action="store_true", modes=("--data",), help="tokens are words, not characters")
-    add("--grader", default="exact", choices=["exact", "result"],
-        help="of own; result: what follows #### decides (default exact)")
 
     add = options.group("training", *train)
     add("--law", choices=LAWS, default="ours", help="of RM's training states (default ours)")
     add("--history", action="store_true", help="also train RM + history (Eq. 2)")
     add("--base-steps", type=positive, default=3000, help="of the base (default 3000)")
     add("--steps", type=positive, default=1500, help="of each other variant (default 1500)")
-    add("--batch-size", type=positive, default=32, help="sequences a step (default 32)")
     add("--compile", action="store_true", help="torch.compile (on CPU needs a C++ compiler)")
 
     add = options.group("decoding")
@@ -1192,11 +1031,6 @@ def parse_arguments():
         modes=(*evaluate, "--ask"), help="default: the shipped one")
     add("--passes", type=positive, nargs="+",
         help="forward passes at most (default N/16 to 2N, for choice 1; with --ask N)")
-    add("--haste", type=rm.number(float, 0.01), nargs="+",
-        help="RM reveals so many times as fast as it must and has the passes saved for revision; "
-        "training chooses among several (default 1 2), a checkpoint knows its choice")
-    add("--doubt", type=rm.number(float, -99, 99), nargs="+",
-        help="ours: re-mask where p(MASK) > exp(-doubt) p(token); as --haste (default 0: Eq. 1)")
     options.general("runs/text, with --smoke runs/smoke", "of training, of test problems 1;", train,
         (*train, "--evaluate"))  # fmt: skip
 
@@ -1208,56 +1042,54 @@ def parse_arguments():
         return "--data" if args.data else "--task"
 
     args = options.parse(mode_of)
-    args.trains = args.mode in train
     if args.mode == "--data" and not args.test:
         options.error("--data needs --test")
-    for name in ("passes", "haste", "doubt"):
-        one = args.mode == "--ask" or not args.trains and name != "passes"
-        if one and len(getattr(args, name) or []) > 1:
-            options.error(f"--{name} takes one number with {args.mode}")
+    if args.mode == "--ask" and len(args.passes or []) > 1:
+        options.error("--passes takes one number with --ask")
     return args
 
 
 def main() -> None:
     args = parse_arguments()
     device = rm.start_device(args.device)
-    reading = (args.prompt_key, args.answer_key, args.max_length, args.grader)
-    validation, size, out = VALIDATION, SIZE, "runs/text"
-    if args.smoke:
-        validation, size, out = 7, (32, 1), "runs/smoke"
-        small = {"base_steps": 4, "steps": 4, "batch_size": 8, "pool": 200, "n": 14}
-        small |= {"passes": [1, 3]} if args.trains else {}
-        vars(args).update({name: x for name, x in small.items() if name not in args.given})
-
-    if args.trains:
-        if args.data:
-            data = own_data(args.data, args.test, args.n, args.words, validation, reading)
-        else:
-            data = generated_data(args.task or "code", args.pool, args.n, validation, args.seed)
-        result = train_all(
-            data, args.out or HERE / out, device, args.base_steps, args.steps, args.history, size,
-            args.seed, passes=args.passes, haste=args.haste or [1, 2], doubt=args.doubt or [0],
-            law=args.law, batch_size=args.batch_size, compile=args.compile,
-        )  # fmt: skip
+    reading = (args.prompt_key, args.answer_key, args.max_length)
+    if args.mode in ("--task", "--data"):
+        result = run_training(args, reading, device)
     else:
-        haste, doubt = ((values or [None])[0] for values in (args.haste, args.doubt))
-        model, info = load_model(args.checkpoint, device, haste, doubt)
-
+        needs = ("variant", "tokenizer", "trained_on", "haste")
+        model, info = rm.load_checkpoint(args.checkpoint, "text", device, needs)
     if args.mode == "--ask":
         result = ask(model, info, args.ask, args.passes and args.passes[0])
     elif args.mode == "--evaluate --test":
         test = read_problems(args.test, info["tokenizer"]["words"], *reading)[: args.n]
-        result = evaluate_checkpoint(model, info, args.test.stem, test, args.passes)
+        result = evaluate_checkpoint(model, info, test, args.passes)
     elif args.mode == "--evaluate":
-        trained_on = info["trained_on"]
-        task = args.task or trained_on
-        if trained_on not in SHARES or not SHARES[trained_on].keys() >= SHARES[task].keys():
-            raise InputError(f"the model was trained on {trained_on}: name --task or --test so")
+        if info["trained_on"] not in TASKS:
+            raise InputError(f"the model was trained on {info['trained_on']}: it needs --test")
         seed = args.seed if "seed" in args.given else TEST_SEED
-        test = mixed(task, args.n, "test", seed)
-        result = evaluate_checkpoint(model, info, task, test, args.passes) | {"seed": seed}
+        test = generate(info["trained_on"], args.n, "test", seed)
+        result = evaluate_checkpoint(model, info, test, args.passes) | {"seed": seed}
     if args.json and rm.is_main_process():
         rm.write_json(args.json, result)
+
+
+def run_training(args, reading: tuple, device: torch.device) -> dict:
+    """Trains on own data or on one task; on all, one after another, results by task."""
+    validation, size, out = VALIDATION, SIZE, HERE / "runs/text"
+    if args.smoke:
+        validation, size, out = 7, (32, 1), HERE / "runs/smoke"
+        small = {"base_steps": 4, "steps": 4, "pool": 200, "n": 14, "passes": [1, 3]}
+        vars(args).update({name: x for name, x in small.items() if name not in args.given})
+    names = ("base_steps", "steps", "history", "seed", "passes", "law", "compile")
+    plan = {name: getattr(args, name) for name in names} | {"size": size}
+    if args.data:
+        data = own_data(args.data, args.test, args.n, args.words, validation, reading)
+        return train_all(data, args.out or out, device, **plan)
+    results = {}
+    for task in TASKS if args.task == "all" else [args.task]:
+        data = generated_data(task, args.pool, args.n, validation, args.seed)
+        results[task] = train_all(data, args.out or out, device, **plan)
+    return results if args.task == "all" else results[args.task]
 
 
 if __name__ == "__main__":
