@@ -14,11 +14,10 @@ at the same pixel.  Ids: MASK 0, colour c of C is 1 + c, the same colour in the 
 then "no image", "no word" and the words.
 
 What differs from the paper: pixels of a palette in place of a VQ codebook; most of RM's
-trajectories re-mask the whole edit at once (revision_states); instruction and source, which never
-change, have no history (edit).
+trajectories re-mask the whole edit at once (revision_states); Eq. 1 alone re-masks, where the paper
+asks for p(M) > 0.9 too; instruction and source, which never change, have no history (edit).
 """
 
-import argparse
 import json
 import math
 import random
@@ -55,7 +54,7 @@ PAPER = {  # precision %, coverage %, MAE-RGB, PSNR, SSIM: photographs, not comp
     "RM": (99.73, 73.02, 3.613, 34.759, 0.9744),
 }
 TRAINING = {"batch_size": 16, "learning_rate": 2e-3, "muon_factor": 3}
-BASE_SHARE = 0.2  # the base's steps over those of each variant that starts from it
+DECODINGS = ("two-phase", "loop")  # of Eq. 1; the baselines regenerate
 BASE_EDITS = 0.1  # of the base's rows are edits: the paper's base has seen editing, too
 BASE_HIDDEN = 0.1  # of the base's captions, instructions and sources are hidden, each on its own
 LAWFUL = 0.2  # share of RM's rows that follow the paper's law of trajectories
@@ -574,54 +573,34 @@ def sample_batch(
 # Decoding
 
 
-@dataclass(frozen=True)
-class Decoding:
-    """How to edit: "two-phase", "loop" (Eq. 1 until nothing changes), "regenerate" (baselines)."""
-
-    name: str = "two-phase"
-    mask_steps: int = 8  # at most; a row goes on to the second phase when it re-masks nothing more
-    reveal_steps: int = 8
-    threshold: float = 0.0  # two-phase: re-mask only where p(M) is above this, too (paper: 0.9)
-    max_turns: int = 16  # of the loop
-
-
-REGENERATE = Decoding("regenerate", mask_steps=0, reveal_steps=16)
-IN_PLACE = {
-    "two phases": Decoding(),
-    "two phases, p(M) > 0.9": Decoding(threshold=0.9),
-    "loop of Eq. 1": Decoding("loop"),
-}
-
-
 @torch.no_grad()
 def two_phase(
-    denoiser, tokens: Tensor, editable: Tensor, history: HistoryReference, decoding: Decoding
-) -> Tensor:
+    denoiser, tokens: Tensor, editable: Tensor, history: HistoryReference,
+    mask_steps: int = 8, reveal_steps: int = 8,
+) -> Tensor:  # fmt: skip
     """The paper's image decoding: re-mask only, then reveal only by MaskGIT's cosine schedule.
 
     denoiser: input embeddings -> logits.  tokens: int64 [B, N].  editable: bool [N].  Returns
     the trace, int64 [turns + 1, B, N], the last without MASK.  Each row changes phase in the turn
-    that finds nothing more to re-mask, so that its result does not depend on its batch.
+    that finds nothing more to re-mask, or after mask_steps, so that its result does not depend on
+    its batch.  The baselines have no first phase.
     """
     masking = torch.ones(len(tokens), 1, dtype=torch.bool, device=tokens.device)  # in phase 1
     reveals = torch.zeros_like(masking, dtype=torch.long)  # turns in phase 2
     total = torch.ones_like(reveals)  # masks at the start of phase 2
     trace = [tokens]
     history.reset()
-    for turn in range(decoding.mask_steps + decoding.reveal_steps):
+    for turn in range(mask_steps + reveal_steps):
         logits = denoiser(history.push(tokens))
-        masking = masking & (turn < decoding.mask_steps)
-        may_mask = editable & masking
-        if decoding.threshold:
-            may_mask &= logits.softmax(-1)[..., MASK] > decoding.threshold
-        remasked = rm.decide(logits, tokens, MASK, may_mask, allow_reveal=False)
+        masking = masking & (turn < mask_steps)
+        remasked = rm.decide(logits, tokens, MASK, editable & masking, allow_reveal=False)
         masking = masking & (remasked != tokens).any(-1, keepdim=True)
 
         masks = (remasked == MASK).sum(-1, keepdim=True)
         total = torch.where(reveals == 0, masks.clamp(min=1), total)
         reveals = reveals + ~masking
         # After step s of S a share cos(pi s / 2S) of the masks is left; one at least is revealed.
-        left = total * torch.cos(math.pi / 2 * (reveals / decoding.reveal_steps))
+        left = total * torch.cos(math.pi / 2 * (reveals / reveal_steps))
         count = torch.where(masking, 0, (masks - left.floor().long()).clamp(min=1)).flatten()
         tokens = rm.decide(logits, remasked, MASK, editable, count, allow_remask=False)
         trace.append(tokens)
@@ -632,11 +611,12 @@ def two_phase(
 
 @torch.no_grad()
 def edit(
-    model: Editor, source: Tensor, instruction: Tensor, decoding: Decoding = Decoding()
+    model: Editor, source: Tensor, instruction: Tensor, decoding: str = "two-phase"
 ) -> tuple[list[int], Tensor]:
     """Edits source, int64 [B, P], by instruction, int64 [B, length], on the model's device.
 
-    Returns the forward passes a row and the trace, int64 [turns + 1, B, P], the last without MASK.
+    decoding: one of DECODINGS; base and sft write the target anew in 16 steps.  Returns the forward
+    passes a row and the trace, int64 [turns + 1, B, P], the last without MASK.
     """
     codec = model.codec
 
@@ -645,17 +625,18 @@ def edit(
         with rm.mixed_precision(inputs.device):
             return model(inputs).float()
 
-    start = torch.full_like(source, MASK) if decoding.name == "regenerate" else source
+    regenerates = model.variant in REGENERATING
+    start = torch.full_like(source, MASK) if regenerates else source
     tokens = torch.cat([instruction, source + len(codec.palette), start], 1)
     editable = torch.arange(tokens.shape[1], device=tokens.device) >= codec.prompt
     history = HistoryReference(model.embedding.detach(), model.gamma, model.rotate)
     prompt = HistoryReference(history.embedding, gamma=0).push(tokens[:, : codec.prompt])
-    if decoding.name == "loop":
-        how = {"max_turns": decoding.max_turns, "editable": editable, "context": {"prompt": prompt}}
+    if decoding == "loop" and not regenerates:
+        how = {"max_turns": 16, "editable": editable, "context": {"prompt": prompt}}
         _, turns, _, trace = rm.revise(denoiser, tokens, MASK, history, trace=True, **how)
     else:
-        denoise = partial(denoiser, prompt=prompt)
-        trace = two_phase(denoise, tokens, editable, history, decoding)
+        steps = {"mask_steps": 0, "reveal_steps": 16} if regenerates else {}
+        trace = two_phase(partial(denoiser, prompt=prompt), tokens, editable, history, **steps)
         moved = (trace[1:] != trace[:-1]).any(-1)
         number = torch.arange(1, len(moved) + 1, device=moved.device).unsqueeze(1)
         turns = (moved * number).amax(0).clamp(min=1).tolist()  # until the last change
@@ -734,7 +715,7 @@ def share_exact(right: Tensor) -> dict:
 
 
 def evaluate(
-    model: Editor, pairs: Pairs, decoding: Decoding = Decoding(), chunk: int = 100
+    model: Editor, pairs: Pairs, decoding: str = "two-phase", chunk: int = 100
 ) -> tuple[dict, Tensor, Tensor]:
     """(record, edited, remasked: the source with MASK where a turn had it); both int64 [n, P]."""
     began = time.perf_counter()
@@ -760,7 +741,7 @@ def evaluate(
         "by_verb": {verb: share_exact(right[rows]) for verb, rows in is_verb.items()},
         **{name: share_exact(right[rows]) for name, rows in by_phrasing.items()},
         "mean_turns": sum(turns) / len(turns),
-        "decoding": asdict(decoding),
+        "decoding": "regenerate" if model.variant in REGENERATING else decoding,
         "seconds": seconds,
         "params": sum(p.numel() for p in model.parameters()),
         "right": "".join(map(str, right.int().tolist())),
@@ -787,82 +768,43 @@ def print_table(rows: dict[str, dict]) -> None:
 # Training
 
 
-def training_run(model: Editor, pool: Pairs, steps: int, **options):
-    """rm.train with the settings of the model's variant."""
-    sample = partial(sample_batch, pool=pool, codec=model.codec, variant=model.variant)
-    options |= TRAINING | {"gamma": model.gamma, "rotate": model.rotate}
-    return rm.train(model, sample, steps, MASK, **options)
-
-
 def train_variant(
     variant: str, pool: Pairs, codec: Codec, folder: Path, steps: int,
     device: torch.device, seed: int = 0, compile: bool = False,
 ) -> dict:  # fmt: skip
     """Trains a variant, goes on with it, or reads its record; writes <variant>.pt and .json."""
-    path = folder / f"{variant}.json"
-    resume = folder / f"{variant}.resume.pt"
     data = rm.fingerprint(json.dumps(asdict(codec)), *pool[:4])
     settings = {"seed": seed, "pairs": len(pool.source), "data": data, "steps": steps}
-    record = rm.finished_record(path, settings)
-    if record:
-        return record
-    notes = rm.resume_notes(resume, settings) or {"settings": settings, "curve": []}
+    run = rm.Run(folder / variant, settings)
+    if run.record:
+        return run.record
 
     torch.manual_seed(seed)
     if variant == "base":
         model = Editor(codec, variant).to(device)
     else:
         model = load_editor(folder / "base.pt", device, variant)  # all others start from it
+    sample = partial(sample_batch, pool=pool, codec=codec, variant=variant)
+    memory = {"gamma": model.gamma, "rotate": model.rotate}
     every = max(1, steps // 20)
-    keep = {"checkpoint": resume, "checkpoint_every": every, "notes": notes}
-    for step, stats in training_run(model, pool, steps, seed=seed, compile=compile, **keep):
-        if step % every == 0:
-            losses = {name: float(stats[name]) for name in ("reveal", "remask", "keep")}
-            notes["curve"].append({"step": step, "minutes": stats["seconds"] / 60, **losses})
-            rm.show_progress(step, steps, stats, variant)
-
-    record = {
-        "variant": variant,
-        "gamma": model.gamma,
-        "rotate": model.rotate,
-        "steps": steps,
-        "minutes": stats["seconds"] / 60,
-        "settings": settings,
-        "training": TRAINING,
-        "compiled": compile,
-        "curve": notes["curve"],
-        "provenance": rm.provenance(),
-    }
-    if rm.is_main_process():
-        rm.save_checkpoint(folder / f"{variant}.pt", model, "image", codec=asdict(codec), **record)
-        rm.write_json(path, record)
-        resume.unlink(missing_ok=True)
-    rm.gather(None)  # under torchrun everyone waits: the next variant reads base.pt
-    return record
-
-
-def planned_steps(folder: Path, minutes: float, model: Editor, pool: Pairs) -> int:
-    """As many as fit the time, in fives, as the base has a fifth; or those of the run begun."""
-    begun = rm.finished_record(folder / "base.json", {})
-    begun = begun or rm.resume_notes(folder / "base.resume.pt", {})
-    if begun:
-        return round(begun["settings"]["steps"] / BASE_SHARE)
-    return 5 * math.ceil(rm.steps_in(minutes, training_run(model, pool, 25)) / 5)
+    how = {**TRAINING, **memory, **run.files(every), "seed": seed, "compile": compile}
+    for step, stats in rm.train(model, sample, steps, MASK, **how):
+        if step % every == 0 or step == steps:
+            run.show(step, steps, stats, scores={})
+    about = {"variant": variant, "steps": steps, "training": TRAINING, "compiled": compile}
+    return run.finish(model, "image", codec=asdict(codec), **about, **memory)
 
 
 def train_all(
-    variants: list[str], pool: Pairs, test: Pairs, codec: Codec, folder: Path,
-    device: torch.device, steps: int | None = None, base_steps: int | None = None,
-    minutes: float = 20, seed: int = 0, compile: bool = False,
+    pool: Pairs, test: Pairs, codec: Codec, folder: Path, device: torch.device,
+    steps: int = 2500, base_steps: int | None = None, history: bool = False, seed: int = 0,
+    compile: bool = False,
 ) -> dict:  # fmt: skip
     """The bare command: trains what is not done yet, evaluates every row; a table, a gallery."""
-    variants = sorted({"base", *variants}, key=list(VARIANTS).index)
     pool = Pairs(*(part.to(device) for part in pool[:4]), *pool[4:])
-    if steps is None:
-        share = minutes / (len(variants) - 1 + BASE_SHARE)
-        steps = planned_steps(folder, share, Editor(codec, "rm").to(device), pool)
-    steps_of = dict.fromkeys(variants, steps)
-    steps_of["base"] = base_steps or math.ceil(BASE_SHARE * steps)
+    steps_of = {"base": base_steps or math.ceil(steps / 5), "sft": steps, "rm": steps}
+    if history:
+        steps_of["history"] = steps
     training = {}
     for name, most in steps_of.items():
         training[name] = train_variant(name, pool, codec, folder, most, device, seed, compile)
@@ -871,22 +813,21 @@ def train_all(
 
     rows = {}
     columns = {"source": test.source}
-    for variant in variants:
+    for variant in steps_of:
         model = load_editor(folder / f"{variant}.pt", device)
-        decodings = {f"{variant}, {name}": decoding for name, decoding in IN_PLACE.items()}
         if variant in REGENERATING:
-            decodings = {variant: REGENERATE}
-        for label, decoding in decodings.items():
-            rows[label], columns[variant], remasked = evaluate(model, test, decoding)
-        if variant not in REGENERATING:
-            columns[f"re-masked by {variant}"] = remasked
+            rows[variant], columns[variant], _ = evaluate(model, test)
+            continue
+        for decoding in DECODINGS:
+            row, columns[variant], remasked = evaluate(model, test, decoding)
+            rows[f"{variant}, {decoding}"] = row
+        columns[f"re-masked by {variant}"] = remasked
     print_table(rows)
     draw_strips(folder / "gallery.png", codec, test.texts, columns | {"target": test.target})
     result = {
         "rows": rows,
         "paper": PAPER,
         "training": training,
-        "training_pairs": len(pool.source),
         "seed": seed,
         "provenance": rm.provenance(),
     }
@@ -914,7 +855,7 @@ def draw_strips(path: Path, codec: Codec, texts: list[str], columns: dict[str, T
     rm.save_figure(figure, path)
 
 
-def edit_file(model: Editor, path: Path, instruction: str, out: Path, decoding: Decoding) -> dict:
+def edit_file(model: Editor, path: Path, instruction: str, out: Path, decoding: str) -> dict:
     """Edits a picture; writes out, and every turn side by side as <out>_turns.png.
 
     A pixel that the model leaves alone is copied, with its transparency.  Raises InputError.
@@ -946,7 +887,7 @@ def edit_file(model: Editor, path: Path, instruction: str, out: Path, decoding: 
 # The command line
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments():
     options = rm.Options(description="Reflective Masking on pictures: edits by instructions, in "
         "place.  Without arguments: trains on our own scenes, evaluates, draws.")  # fmt: skip
     positive = rm.number(int, 1)
@@ -957,34 +898,26 @@ def parse_arguments() -> argparse.Namespace:
     add = options.group("training", "train")
     add("--pairs", type=Path, metavar="DIR", help="train on DIR/pairs.jsonl, with --test")
     add("--pool", type=positive, default=40_000, help="training pairs at most (default 40000)")
-    names = {"choices": VARIANTS, "default": list(VARIANTS), "metavar": "V"}
-    add("--variants", nargs="+", **names, help="which (default: base sft rm history); base always")
-    add("--minutes", type=rm.number(float, 0.01), default=20, help="for all of them (default 20)")
-    add("--steps", type=positive, help="this many a variant instead, the base a fifth of them")
-    add("--base-steps", type=positive, help="with --steps: of the base")
+    add("--steps", type=positive, default=2500, help="of each variant (default 2500)")
+    add("--base-steps", type=positive, help="of the base (default: a fifth of them)")
+    add("--history", action="store_true", help="also train RM + history (Eq. 2)")
     add("--compile", action="store_true", help="torch.compile (needs a C++ compiler on CPU)")
     add = options.group("test data", "train", "evaluate")
     add("--test", type=Path, metavar="DIR", help="test on DIR/pairs.jsonl (default: our scenes)")
     add("--n", type=positive, default=1000, help="test pairs at most (default 1000)")
     add = options.group("editing", "evaluate", "image")
     add("--checkpoint", type=Path, default=HERE / "checkpoints/image_rm.pt", help="or shipped")
-    add("--decode", choices=["two-phase", "loop"], default="two-phase", help="loop: of Eq. 1")
-    add("--threshold", type=rm.number(float, 0, 1), default=0.0,
-        help="two-phase: re-mask only where p(M) is above this, too (default 0)")  # fmt: skip
+    add("--decode", choices=DECODINGS, default="two-phase", help="loop: of Eq. 1")
     general = {"out_modes": ("train", "image"), "seed_modes": ("train", "evaluate")}
     options.general("runs/image", seed="of training, or of test scenes", **general)
     args = options.parse(lambda a: "evaluate" if a.evaluate else "image" if a.image else "train")
 
     if args.image and not (args.instruction and args.out and args.out.suffix.lower() == ".png"):
         options.error("--image needs --instruction TEXT and --out OUT.png")
-    if args.decode == "loop" and args.threshold:
-        options.error("--threshold has no effect with --decode loop")
-    if {"minutes", "steps"} <= args.given:
-        options.error("--minutes has no effect with --steps")
     if args.mode == "evaluate" and args.test and "seed" in args.given:
         options.error("--seed has no effect with --evaluate --test: it draws our own scenes")
     if args.smoke:
-        args.steps = args.steps or 2
+        args.steps = args.steps if "steps" in args.given else 2
         args.pool, args.n = min(args.pool, 12), min(args.n, 6)
     args.out = args.out or HERE / ("runs/smoke" if args.smoke else "runs/image")
     return args
@@ -999,20 +932,17 @@ def main() -> None:
         else:
             pool, codec = scene_pairs(args.pool, args.seed)
         test = load_test_pairs(args.test, codec, args.n)
-        plan = (args.steps, args.base_steps, args.minutes, args.seed, args.compile)
-        result = train_all(args.variants, pool, test, codec, args.out, device, *plan)
+        plan = (args.steps, args.base_steps, args.history, args.seed, args.compile)
+        result = train_all(pool, test, codec, args.out, device, *plan)
     else:
         model = load_editor(args.checkpoint, device)
-        decoding = Decoding(args.decode, threshold=args.threshold)
-        if model.variant in REGENERATING:
-            if decoding != Decoding():
-                raise InputError(f"{args.checkpoint} regenerates: --decode, --threshold are RM's")
-            decoding = REGENERATE
+        if model.variant in REGENERATING and "decode" in args.given:
+            raise InputError(f"{args.checkpoint} regenerates: --decode is RM's")
     if args.mode == "image":
-        result = edit_file(model, args.image, args.instruction, args.out, decoding)
+        result = edit_file(model, args.image, args.instruction, args.out, args.decode)
     if args.mode == "evaluate":
         test = load_test_pairs(args.test, model.codec, args.n, args.seed)
-        score, *_ = evaluate(model, test, decoding)
+        score, *_ = evaluate(model, test, args.decode)
         print_table({model.variant: score})
         source = {"seed": args.seed, "checkpoint": args.checkpoint.name}
         result = {**score, **source, "provenance": rm.provenance()}
