@@ -427,8 +427,7 @@ def test_pixels_that_were_never_masked_equal_the_source():
     for variant, name in itertools.product(("rm", "history"), ("two-phase", "loop")):
         editor = small_editor(variant=variant)
         pairs = small_pairs(editor.codec, 40)
-        decoding = image.Decoding(name)
-        trace = image.edit(editor, pairs.source, pairs.instruction, decoding)[1]
+        trace = image.edit(editor, pairs.source, pairs.instruction, name)[1]
         masked = (trace == image.MASK).any(0)
         assert torch.equal(trace[-1][~masked], pairs.source[~masked])
         assert ((trace[-1] >= 1) & (trace[-1] <= 4)).all()
@@ -467,7 +466,7 @@ def test_two_phases_follow_the_schedule():
             return logits
 
         history = image.HistoryReference(torch.randn(4, 8), 0.0, False)
-        trace = image.two_phase(denoiser, start, everywhere, history, image.Decoding(*settings))
+        trace = image.two_phase(denoiser, start, everywhere, history, *settings)
         return trace, (trace == image.MASK).sum(-1).flatten().tolist()
 
     trace, masks = decode(start)
@@ -478,18 +477,8 @@ def test_two_phases_follow_the_schedule():
     assert masks == expected and masks[-1] == 0
     assert (trace[3, 0] != image.MASK).nonzero().flatten().tolist() == [9, 10, 11]  # the surest
     assert trace[-1, 0].tolist() == [2] * 12
-    assert decode(torch.zeros_like(start), "regenerate", 0, 4)[1] == [12, 11, 8, 4, 0]
-    assert decode(start, "two-phase", 1, 2)[1] == [0, 7, 4, 0]  # the mask phase is cut off
-
-
-def test_threshold_on_the_probability_of_mask():
-    logits = torch.log(torch.tensor([[[0.6, 0.3, 0.1], [0.95, 0.04, 0.01], [0.2, 0.7, 0.1]]]))
-    history = image.HistoryReference(torch.randn(3, 8), 0.0, False)
-    tokens, editable = torch.tensor([[1, 1, 1]]), torch.ones(3, dtype=torch.bool)
-    for threshold, masked in ((0.0, [0, 0, 1]), (0.9, [1, 0, 1])):
-        decoding = image.Decoding(threshold=threshold)
-        trace = image.two_phase(lambda _: logits, tokens, editable, history, decoding)
-        assert trace[1].tolist() == [masked] and trace[-1].tolist() == [[1, 1, 1]]
+    assert decode(torch.zeros_like(start), 0, 4)[1] == [12, 11, 8, 4, 0]
+    assert decode(start, 1, 2)[1] == [0, 7, 4, 0]  # the mask phase is cut off
 
 
 # --- metrics
@@ -597,7 +586,8 @@ def trained(tmp_path_factory):
     tiny = partial(rm.TransformerConfig, width=32, layers=1, feed_forward=32)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(image, "TransformerConfig", tiny)
-        run(patch, *arguments, "--out", folder / "out", "--json", folder / "result.json")
+        out = ("--out", folder / "out", "--json", folder / "result.json")
+        run(patch, *arguments, "--history", *out)
         yield folder, arguments
 
 
@@ -607,29 +597,18 @@ def test_training_writes_table_gallery_and_checkpoints(trained, monkeypatch, cap
     assert {row["n"] for row in result["rows"].values()} == {6}
     steps = {variant: record["steps"] for variant, record in result["training"].items()}
     assert steps == {"base": 1, "sft": 2, "rm": 2, "history": 2}
-    assert result["rows"]["sft"]["decoding"]["reveal_steps"] == 16
-    assert {"rm, two phases", "history, loop of Eq. 1"} < set(result["rows"])
+    assert result["rows"]["sft"]["decoding"] == "regenerate"
+    assert {"rm, two-phase", "history, loop"} < set(result["rows"])
     assert Image.open(folder / "out/gallery.png").size[0] > 600
     assert all((folder / f"out/{variant}.pt").stat().st_size < 4e6 for variant in steps)
 
     again = [*arguments, "--out", folder / "out"]
-    run(monkeypatch, *again, "--variants", "rm")  # what is there is not trained again
+    run(monkeypatch, *again)  # what is there is not trained again
     printed = capsys.readouterr().out
-    assert "rm.json is there: done" in printed and "step" not in printed
+    assert "rm.json is there: done" in printed and "left" not in printed
     for other in ("--seed", 1), ("--base-steps", 2):  # not silently another base
         with pytest.raises(image.InputError, match="base.json was made with.*'(seed|steps)'"):
             run(monkeypatch, *again, *other)
-
-
-def test_steps_that_fit_the_time_are_planned_once(tmp_path, monkeypatch):
-    codec = small_editor().codec
-    clock = [{"seconds": 9 + 2.0 * step} for step in range(8)]  # 2 s a step after a slow start
-    monkeypatch.setattr(rm, "train", lambda *_, **__: enumerate(clock))
-    model = small_editor()
-    plan = partial(image.planned_steps, tmp_path, 1, model, small_pairs(codec))
-    assert plan() == 30  # of a minute; then the base's fifth is whole
-    (tmp_path / "base.json").write_text('{"settings": {"steps": 7}}')
-    assert plan() == 35  # a run that goes on: its base says how many
 
 
 def stop_at(monkeypatch, variant, last):
@@ -669,7 +648,7 @@ def test_other_data_of_the_same_name_is_neither_done_nor_gone_on_with(trained, m
 def test_a_stopped_training_goes_on_to_the_same_model(trained, monkeypatch):
     folder, arguments = trained
     stop_at(monkeypatch, "rm", 1)
-    stopped = [*arguments, "--out", folder / "stopped", "--variants", "rm"]
+    stopped = [*arguments, "--out", folder / "stopped"]
     with pytest.raises(image.InputError, match="stopped after step 1.*goes on"):
         run(monkeypatch, *stopped)
     assert (folder / "stopped/rm.resume.pt").exists()
@@ -713,7 +692,7 @@ def test_checkpoints_are_scored_and_the_shipped_one_edits_as_published(
         folder / "pairs", "--decode", "loop", "--json", out)  # fmt: skip
     record = json.loads(out.read_text())
     assert record["n"] == 6 and 1 <= record["mean_turns"] <= 16
-    assert record["decoding"]["name"] == "loop"
+    assert record["decoding"] == "loop"
 
     monkeypatch.setattr(image, "TransformerConfig", rm.TransformerConfig)
     run(monkeypatch, "--image", ROOT / "results/image_scene.png", "--instruction",
@@ -744,17 +723,17 @@ def test_bad_input_is_one_line(trained, monkeypatch, tmp_path, capsys):
         (["--pairs", folder / "pairs"], "other pictures than our scenes"),
         (["--checkpoint", tmp_path / "none.pt", "--evaluate"], "none.pt"),
         (["--pairs", tmp_path / "empty", *arguments[2:]], "jsonl cannot be read"),
-        ([*sft, "--threshold", 0.5], "regenerates"),
+        ([*sft, "--decode", "loop"], "regenerates"),
     ):
         with pytest.raises(image.InputError, match=message) as caught:
             run(monkeypatch, *words)
         assert "\n" not in str(caught.value)
     for words in (
         ["--image", good, "--instruction", "make it red"], ["--image", good, "--out", "o.png"],
-        ["--instruction", "make it red"], ["--threshold", 0.5], ["--evaluate", "--threshold", 1.5],
-        ["--evaluate", "--steps", 3], ["--evaluate", "--threshold", 0.5, "--decode", "loop"],
+        ["--instruction", "make it red"], ["--decode", "loop"], ["--evaluate", "--decode", "best"],
+        ["--evaluate", "--steps", 3],
         ["--evaluate", "--out", tmp_path], ["--evaluate", "--pairs", folder / "pairs"],
-        ["--variants", "best"], ["--smoke", "--steps", 0], [*asks, "make it red", "--evaluate"],
+        ["--smoke", "--steps", 0], [*asks, "make it red", "--evaluate"],
         [*asks, "make it red", "--seed", 1],
     ):  # fmt: skip
         with pytest.raises(SystemExit) as caught:
@@ -777,6 +756,7 @@ def test_utf8_whatever_the_locale(tmp_path):
 
 
 def test_smoke(trained, monkeypatch, tmp_path, capsys):
-    run(monkeypatch, "--smoke", "--out", tmp_path, "--variants", "base")
+    run(monkeypatch, "--smoke", "--out", tmp_path)
     assert (tmp_path / "gallery.png").exists() and "exact" in capsys.readouterr().out
-    assert list(json.loads((tmp_path / "table.json").read_text())["rows"]) == ["base"]
+    rows = list(json.loads((tmp_path / "table.json").read_text())["rows"])
+    assert rows == ["base", "sft", "rm, two-phase", "rm, loop"]
