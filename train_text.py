@@ -188,16 +188,14 @@ class Author(random.Random):
         prompt = f"over {self.randint(1, number - 1)}, leaves {rest} by {b}: number?"
         return prompt, worked(*steps, result=number)
 
-    def outfits(self):
-        a = b = 9
-        while a + b > 10:
-            a, b, c = self.draw(*[(2, 9)] * 3)
-        hats_first = [self.plus(a, b), self.times(a + b, c)]
-        coats_first = self.any_order(self.times(a, c), self.times(b, c))
-        coats_first.append(self.plus(a * c, b * c))
-        steps = self.choice((hats_first, coats_first))
-        prompt = f"{a} red, {b} blue hats, {c} coats: outfits?"
-        return prompt, worked(*steps, result=(a + b) * c)
+    def red_and_blue(self):
+        share, whole = sorted(self.sample(range(1, 10), 2))
+        k = self.randint(1, 9)
+        red, balls = k * share, k * whole
+        steps = self.any_order(self.times(k, share), self.times(k, whole))
+        steps.append(f"{balls}-{red}={balls - red}")
+        prompt = f"{share}/{whole} red, over {self.randint(1, balls - 1)} balls: red, blue?"
+        return prompt, worked(*steps, result=f"{red},{balls - red}")
 
     def rectangle(self):
         a, b = self.draw((1, 36), (2, 36))
@@ -290,6 +288,7 @@ FINISHES = {  # words: (what becomes of all, [(over what, the program around {e}
 SOLVES = {  # questions with several right results: whether numbers solve those of the prompt
     "x, y, z?": lambda n, x, y, z: (x + n[0]) * (y + n[1]) + z == n[2],
     "number?": lambda n, a: a > n[0] and a % n[2] == n[1],
+    "red, blue?": lambda n, a, b: a * n[1] == (a + b) * n[0] and a + b > n[2],
     "sides?": lambda n, a, b: 2 * (a + b) == n[0] and max(a, b) > n[1],
 }
 TASKS = {  # task -> subject -> its template
@@ -298,7 +297,7 @@ TASKS = {  # task -> subject -> its template
         "algebra": Author.linear_equation,
         "intermediate algebra": Author.three_unknowns,
         "number theory": Author.number_with_remainder,
-        "counting & probability": Author.outfits,
+        "counting & probability": Author.red_and_blue,
         "geometry": Author.rectangle,
         "precalculus": Author.dot_product,
     },

@@ -1,7 +1,6 @@
 """Text: problems, graders, training states and decoding against plain Python; the commands."""
 
 import builtins
-import contextlib
 import json
 import math
 import random
@@ -36,11 +35,6 @@ def solve_math(prompt):
     """Every right result of a prompt; for those with several by trying all numbers."""
     n = numbers(prompt)
     positive = lambda found: {",".join(map(str, values)) for values in found if min(values) > 0}
-    if "heaps" in prompt:
-        total = n[0] * n[1] + n[2]
-        return positive((a, total - a) for a in range(total))
-    if prompt.endswith("x, y?"):
-        return positive((n[1] - n[0] * y, y) for y in range(n[1]))
     if prompt.endswith("x, y, z?"):
         tried = [(x, y) for x in range(1, n[2]) for y in range(1, n[2] // (x + n[0]) + 1)]
         return positive((x, y, n[2] - (x + n[0]) * (y + n[1])) for x, y in tried)
@@ -52,23 +46,10 @@ def solve_math(prompt):
     if "perimeter" in prompt:
         half = n[0] // 2
         return positive((a, half - a) for a in range(half) if a > n[1] or half - a > n[1])
-    if prompt.startswith("term"):
-        runs = ((a, b, range(a, n[1] + 1, b)) for b in range(1, n[1]) for a in range(1, n[1]))
-        return positive((a, b) for a, b, run in runs if run[-1] == n[1] and len(run) == n[0])
     if re.fullmatch(r"\d+\*\d+\+\d+\*\d+", prompt):
         return {str(n[0] * n[1] + n[2] * n[3])}
     if prompt.startswith("solve"):
         return {str(x) for x in range(1000) if n[0] * (x + n[1]) + n[2] == n[3]}
-    if "root" in prompt:  # of x^2 - bx + c
-        b, c, known = n[1], n[2], n[3]
-        assert known**2 - b * known + c == 0
-        return {str(x) for x in range(b + 1) if x + known == b and x * known == c}
-    if prompt.startswith("gcd"):
-        return {str(math.gcd(*n))}
-    if "outfits" in prompt:
-        return {str((n[0] + n[1]) * n[2])}
-    if "hole" in prompt:
-        return {str(n[0] * n[1] - n[2] * n[3])}
     assert "dot" in prompt
     return {str(n[0] * n[2] + n[1] * n[3])}
 
@@ -164,14 +145,15 @@ def test_parts_are_disjoint_and_reproducible(monkeypatch):
             assert all(i // 2 == j // 2 or not one & two for j, two in enumerate(prompts))
         assert all(len(part) == 300 for part in prompts[2:])  # test prompts are all different
         assert parts[0] == text.generate(task, 300, "train", 0) != parts[1]
-    monkeypatch.setitem(text.TASKS, "code", {"code": [lambda author: ("always this", "x")]})
+    monkeypatch.setitem(text.TASKS, "code", {"code": lambda author: ("always this", "x")})
     with pytest.raises(text.InputError, match="too few"):
         text.generate("code", 2, "test", 0)
 
 
 def test_text_survives_its_tokens():
     words = [text.Problem(f"say {a} twice", f"{a} {a}") for a in ("one", "two", "three")]
-    for problems in (text.mixed("all", 50, "train", 0), words):
+    generated = [p for task in text.TASKS for p in text.generate(task, 50, "train", 0)]
+    for problems in (generated, words):
         tokenizer = text.Tokenizer.of(problems, problems, problems is words)
         rows = tokenizer.rows(problems, answers=True)
         start = tokenizer.prompt_length
@@ -420,7 +402,7 @@ class Scripted(torch.nn.Module):
         return 9.0 * F.one_hot(wanted, len(self.embedding)).float()
 
 
-def info_of(tokenizer, variant, haste=2.0, doubt=0.0):
+def info_of(tokenizer, variant, pace=2.0):
     _, gamma, rotate = text.VARIANTS[variant]
     return {
         "variant": variant,
@@ -428,8 +410,7 @@ def info_of(tokenizer, variant, haste=2.0, doubt=0.0):
         "gamma": gamma,
         "rotate": rotate,
         "tokenizer": asdict(tokenizer),
-        "haste": [(1, haste)],
-        "doubt": [(1, doubt)],
+        "haste": [(1, pace)],
     }
 
 
@@ -481,59 +462,17 @@ def test_every_variant_makes_at_most_the_passes_it_may_and_leaves_prompts_alone(
                 assert ((result.trace[:-1] == text.MASK) | stays).all()
 
 
-def test_doubt_moves_the_threshold_of_remasking_alone(monkeypatch):
-    """Re-masked where p(M) > exp(-doubt) p(x), by loops over the probabilities."""
-    monkeypatch.setattr(rm, "mixed_precision", lambda device: contextlib.nullcontext())
-    tokenizer, pool = small_pool()
-    model = small_model(tokenizer, seed=3)
-    rows = pool[:20].clone()
-    rows[:, -1] = text.MASK
-    embedded = text.history_embedding(rows.unsqueeze(0), model.embedding, 0.0)
-    probability = model(embedded).softmax(-1)
-    remasked = {}
-    for doubt in (-1.5, 0.0, 1.5):
-        (result,) = text.decode(model, info_of(tokenizer, "rm", 1.0, doubt), rows, 2)
-        after = result.trace[1]
-        remasked[doubt] = 0
-        for i in range(20):
-            for j in range(tokenizer.prompt_length, tokenizer.length - 1):
-                p = probability[i, j]
-                masks = p[text.MASK] > math.exp(-doubt) * p[rows[i, j]]
-                assert after[i, j] == (text.MASK if masks else rows[i, j])
-                remasked[doubt] += int(masks)
-        assert (after[:, -1] == probability[:, -1, 1:].argmax(-1) + 1).all()  # as Eq. 1 reveals
-    assert 0 < remasked[-1.5] < remasked[0.0] < remasked[1.5]
-
-
-def test_paired_bootstrap_agrees_with_the_normal_interval():
-    rng = random.Random(0)
-    theirs = "".join("01"[rng.random() < 0.6] for _ in range(2000))
-    ours = "".join(t if rng.random() < 0.8 else "01"[rng.random() < 0.8] for t in theirs)
-    d = [int(a) - int(b) for a, b in zip(ours, theirs)]
-    mean = sum(d) / 2000
-    half = 1.96 * (sum((x - mean) ** 2 for x in d) / 2000) ** 0.5 / 2000**0.5
-    found = text.paired_bootstrap(ours, theirs)
-    assert found["difference"] == pytest.approx(mean) and found["n"] == 2000
-    assert found["ci95"] == pytest.approx((mean - half, mean + half), abs=2e-3)
-    assert text.paired_bootstrap("1111", "1111")["ci95"] == (0, 0)
-
-
-def test_haste_and_doubt_are_chosen_by_validation_and_looked_up_by_passes(monkeypatch):
-    chosen = [(2, 1.0), (4, 2.0), (8, 3.0)]
-    found = [text.chosen_at(chosen, passes) for passes in (1, 2, 5, 8, 99)]
+def test_the_pace_is_chosen_by_validation_and_looked_up_by_passes(monkeypatch):
+    found = [text.pace_at([(2, 1.0), (4, 2.0), (8, 3.0)], passes) for passes in (1, 2, 5, 8, 99)]
     assert found == [1.0, 1.0, 2.0, 3.0, 3.0]
-    best = {4: (2.0, 0.0), 8: (1.0, 3.0)}
+    best = {4: 2, 8: 1.5}
 
     def evaluate(model, info, problems, passes):
-        pair = (info["haste"][0][1], info["doubt"][0][1])
-        return {"accuracy": -sum(abs(x - y) for x, y in zip(pair, best[passes]))}
+        return {"accuracy": -abs(info["haste"][0][1] - best[passes])}
 
     monkeypatch.setattr(text, "evaluate", evaluate)
-    info = info_of(small_pool()[0], "rm")
-    found = text.choose_decoding(None, info, [], [4, 8], [1.0, 2.0, 3.0], [0.0, 3.0])
-    assert found == {"haste": [(4, 2.0), (8, 1.0)], "doubt": [(4, 0.0), (8, 3.0)]}
-    found = text.choose_decoding(None, info, [], [4, 8], [1.5], [0.5])  # nothing to choose
-    assert found == {"haste": [(4, 1.5), (8, 1.5)], "doubt": [(4, 0.5), (8, 0.5)]}
+    found = text.choose_pace(None, info_of(small_pool()[0], "rm"), [], [4, 8])
+    assert found == [(4, 2), (8, 1.5)]
 
 
 def test_budgets():
@@ -545,14 +484,15 @@ def test_budgets():
 
 def test_a_handful_of_problems_is_learned_to_the_last(tmp_path, monkeypatch):
     monkeypatch.setattr(text, "LEARNING_RATE", dict.fromkeys(text.VARIANTS, 5e-3))
+    monkeypatch.setattr(text, "BATCH_SIZE", 8)
     texts = (("ab", "cdefgh"), ("ba", "hgfe"), ("aa", "dddddd"), ("bb", "c"))
     problems = [text.Problem(*pair, "all") for pair in texts]
     tokenizer = text.Tokenizer.of(problems, problems, False)
     data = text.Data("few", problems, problems, problems, tokenizer)
-    how = {"base_steps": 60, "steps": 60, "batch_size": 8, "size": (32, 1), "passes": [7]}
-    result = text.train_all(data, tmp_path, torch.device("cpu"), **how, haste=[2])
+    how = {"base_steps": 60, "steps": 60, "size": (32, 1), "passes": [7]}
+    result = text.train_all(data, tmp_path, torch.device("cpu"), **how)
     for variant in ("sft", "rm"):
-        assert result["scores"][variant]["few"][0]["accuracy"] == 1, variant
+        assert result["scores"][variant][0]["accuracy"] == 1, variant
 
 
 # --- the commands
@@ -579,7 +519,8 @@ def smoke(tmp_path_factory):
     for line in done.stdout.splitlines():
         if line.startswith("wrote "):
             assert Path(line.split(" ", 1)[1]).stat().st_size > 0
-    names = {f"all_{variant}_seed0.{end}" for variant in text.VARIANTS for end in ("pt", "json")}
+    runs = [f"{task}_{variant}_seed0" for task in text.TASKS for variant in text.VARIANTS]
+    names = {f"{run}.{end}" for run in runs for end in ("pt", "json")}
     assert names <= {path.name for path in out.iterdir()}
     assert not list(out.glob("*.resume.pt")) and not list(out.glob("*.tmp"))
     assert "precalculus" in done.stdout and "minus SFT" in done.stdout
@@ -587,21 +528,23 @@ def smoke(tmp_path_factory):
 
 
 def test_the_bare_command_reports_what_was_asked(smoke):
-    result = json.loads((smoke / "result.json").read_text())
+    results = json.loads((smoke / "result.json").read_text())
+    assert set(results) == set(text.TASKS)
+    result = results["math"]
     assert set(result["scores"]) == set(text.VARIANTS)
     assert set(result["minus_sft"]) == {"rm", "history"}
-    score = result["scores"]["rm"]["all"][0]
+    score = result["scores"]["rm"][0]
     wanted = "accuracy ci95 n passes repaired broken replayed subjects right"
     assert set(wanted.split()) <= set(score)
-    assert set(score["subjects"]) == {*text.TASKS["math"], "code", "choice"}
-    assert len(score["right"]) == score["n"] == 3 * 14
+    assert set(score["subjects"]) == set(text.TASKS["math"])
+    assert len(score["right"]) == score["n"] == 14
     record = result["records"]["rm"]
     assert {"steps", "minutes", "params", "provenance", "curve"} <= set(record)
 
 
 def test_finished_variants_are_kept_and_other_settings_refused(smoke, monkeypatch, capsys):
     common = ("--smoke", "--task", "all", "--history", "--out", smoke)
-    assert in_process(monkeypatch, capsys, *common).count(": done") == 4
+    assert in_process(monkeypatch, capsys, *common).count(": done") == 12
     with pytest.raises(text.InputError, match="law"):
         in_process(monkeypatch, capsys, *common, "--law", "paper")
     with pytest.raises(text.InputError, match="data"):  # other problems, the same folder
@@ -609,9 +552,9 @@ def test_finished_variants_are_kept_and_other_settings_refused(smoke, monkeypatc
 
 
 def test_another_law_shares_the_base(smoke, monkeypatch, capsys, tmp_path):
-    for path in smoke.glob("all_base_seed0.*"):
+    for path in smoke.glob("code_base_seed0.*"):
         shutil.copy(path, tmp_path)
-    common = ("--smoke", "--task", "all", "--law", "paper", "--out", tmp_path)
+    common = ("--smoke", "--law", "paper", "--out", tmp_path)
     assert in_process(monkeypatch, capsys, *common).count(": done") == 1
 
 
@@ -656,7 +599,7 @@ def rest(tmp_path):
 
 
 def test_ask_shows_marked_turns(smoke, monkeypatch, capsys):
-    common = ("--checkpoint", smoke / "all_rm_seed0.pt", "--json", smoke / "ask.json")
+    common = ("--checkpoint", smoke / "math_rm_seed0.pt", "--json", smoke / "ask.json")
     shown = in_process(monkeypatch, capsys, "--ask", "solve 3x+5=20", *common, "--passes", 4)
     assert "turn  1" in shown and "(" in shown and "\033" not in shown
     found = json.loads((smoke / "ask.json").read_text())
@@ -669,13 +612,11 @@ def test_ask_shows_marked_turns(smoke, monkeypatch, capsys):
 
 def test_evaluate_scores_a_checkpoint(smoke, monkeypatch, capsys):
     path = smoke / "evaluate.json"
-    common = ("--evaluate", "--checkpoint", smoke / "all_sft_seed0.pt", "--passes", 2)
-    in_process(monkeypatch, capsys, *common, "--task", "code", "--n", 14, "--json", path)
+    common = ("--evaluate", "--checkpoint", smoke / "code_sft_seed0.pt", "--passes", 2)
+    in_process(monkeypatch, capsys, *common, "--n", 14, "--json", path)
     result = json.loads(path.read_text())
-    assert result["scores"]["code"][0]["n"] == 14 and result["seed"] == text.TEST_SEED
-    assert result["params"] > 0 and list(result["scores"]) == ["code"]
-    with pytest.raises(rm.InputError, match="never revises"):
-        in_process(monkeypatch, capsys, *common, "--haste", 1)
+    assert result["scores"][0]["n"] == 14 and result["seed"] == text.TEST_SEED
+    assert result["params"] > 0 and result["variant"] == "sft"
 
 
 # --- own data
@@ -710,14 +651,14 @@ def test_the_shipped_checkpoint_scores_own_lines_exactly(tmp_path, monkeypatch, 
     test = write(tmp_path / "mine.jsonl", *lines)
     given = ("--evaluate", "--test", test, "--passes", 35, "--json", tmp_path / "result.json")
     assert "1 of 2 test answers" in in_process(monkeypatch, capsys, *given)
-    assert json.loads((tmp_path / "result.json").read_text())["scores"]["mine"][0]["n"] == 2
+    assert json.loads((tmp_path / "result.json").read_text())["scores"][0]["n"] == 2
 
 
 def test_lines_as_people_have_them(tmp_path, capsys):
     gsm = {"question": "2+2?", "answer": "2+2=4\n#### 4"}
     alpaca = {"instruction": "Add.", "input": "2 2", "output": "4"}
     path = write(tmp_path / "a.jsonl", gsm, "", "  ", gsm, start="\ufeff")
-    problems = text.read_problems(path, prompt_key="question", grader="result")
+    problems = text.read_problems(path, prompt_key="question")
     assert [p.where for p in problems] == [f"{path} line 1", f"{path} line 4"]
     assert text.grade(problems, ["#### 4", "4"]) == [True, False]
     path = write(tmp_path / "b.jsonl", alpaca, alpaca | {"input": ""})
@@ -757,10 +698,9 @@ BAD = {
     "no such device": (["--device", "cuda:9"], "cuda:9"),
     "no checkpoint": (["--ask", "1+1", "--checkpoint", "nowhere.pt"], "nowhere.pt"),
     "another task's": (["--ask", "1+1", "--checkpoint", "{tmp}/sudoku.pt"], "task 'sudoku'"),
-    "unknown asked": (["--ask", "solve 3x=É", "--checkpoint", "{smoke}/all_rm_seed0.pt"], "'É'"),
-    "nothing asked": (["--ask", "", "--checkpoint", "{smoke}/all_rm_seed0.pt"], "0 tokens"),
-    "too long": (["--ask", "1" * 99, "--checkpoint", "{smoke}/all_rm_seed0.pt"], "99 tokens"),
-    "not trained on": (["--evaluate", "--task", "math"], "was trained on code"),
+    "unknown asked": (["--ask", "solve 3x=É", "--checkpoint", "{smoke}/math_rm_seed0.pt"], "'É'"),
+    "nothing asked": (["--ask", "", "--checkpoint", "{smoke}/math_rm_seed0.pt"], "0 tokens"),
+    "too long": (["--ask", "1" * 99, "--checkpoint", "{smoke}/math_rm_seed0.pt"], "99 tokens"),
     "a corrupt record": (["--smoke", "--out", "{tmp}"], "code_base_seed0.json is no record"),
     "a corrupt state": (["--smoke", "--task", "choice", "--out", "{tmp}"], "resume.pt cannot"),
 }
@@ -792,10 +732,9 @@ def test_bad_input_is_named_in_one_line(given, message, smoke, tmp_path, monkeyp
 CONTRADICTIONS = [
     "--data x.jsonl", "--test x.jsonl", "--task all --test x.jsonl", "--ask 1 --steps 3",
     "--evaluate --history", "--evaluate --ask 1", "--evaluate --out x", "--steps 0", "--passes 0",
-    "--checkpoint x.pt", "--task poetry", "--data x --test y --pool 3", "--words", "--haste nan",
-    "--evaluate --haste 1 2", "--evaluate --task code --test x", "--ask 1 --seed 3", "--law mine",
+    "--checkpoint x.pt", "--task poetry", "--data x --test y --pool 3", "--words",
+    "--evaluate --task math", "--evaluate --task code --test x", "--ask 1 --seed 3", "--law mine",
     "--evaluate --max-length 3", "--ask 1 --passes 2 3", "--data x --test y --task code",
-    "--smoke --batch-size 0",
 ]  # fmt: skip
 
 
