@@ -7,11 +7,10 @@ The model re-masks the pixels that the instruction changes, reveals new ones, le
     python edit_image.py --evaluate               scores the shipped checkpoint on held-out scenes
     python edit_image.py --image IN.png --instruction "make the house red" --out OUT.png
 
-Reading order: scenes, pairs, network, training states, decoding, metrics, evaluation, training,
-figures, command line.  A pixel is a token and so is a word.  One sequence is [instruction | source
-| target], and only the target is editable; the network adds the source's embedding to the target's
-at the same pixel.  Ids: MASK 0, colour c of C is 1 + c, the same colour in the source 1 + C + c,
-then "no image", "no word" and the words.
+A pixel is a token and so is a word.  One sequence is [instruction | source | target], and only the
+target is editable; the network adds the source's embedding to the target's at the same pixel.  Ids:
+MASK 0, colour c of C is 1 + c, the same colour in the source 1 + C + c, then "no image", "no word"
+and the words.
 
 What differs from the paper: pixels of a palette in place of a VQ codebook; most of RM's
 trajectories re-mask the whole edit at once (revision_states); Eq. 1 alone re-masks, where the paper
@@ -21,7 +20,6 @@ asks for p(M) > 0.9 too; instruction and source, which never change, have no his
 import json
 import math
 import random
-import time
 from collections import namedtuple
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
@@ -33,7 +31,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 import reflective_masking as rm
 from history import ABSENT, HistoryReference
@@ -41,20 +39,19 @@ from reflective_masking import InputError, MaskDiffusionTransformer, Transformer
 
 HERE = Path(__file__).parent
 MASK = 0
-VARIANTS = {  # gamma, rotate of Eq. 2
-    "base": (0.0, False),  # mask diffusion on captions and images
-    "sft": (0.0, False),  # from base: mask diffusion of the target, given instruction and source
-    "rm": (0.0, False),  # from base: Reflective Masking in place
-    "history": (0.9, True),  # the same with History Reference
+IN_PLACE = ("two-phase", "loop")  # decodings by Eq. 1, from the source; baselines begin empty
+VARIANTS = {  # gamma, rotate of Eq. 2, decodings
+    "base": (0.0, False, ("regenerate",)),  # mask diffusion on captions and images
+    "sft": (0.0, False, ("regenerate",)),  # from base: the same, given instruction and source
+    "rm": (0.0, False, IN_PLACE),  # from base: Reflective Masking
+    "history": (0.9, True, IN_PLACE),  # the same with History Reference
 }
-REGENERATING = ("base", "sft")  # these start from an empty target, the others from the source
 PAPER = {  # precision %, coverage %, MAE-RGB, PSNR, SSIM: photographs, not comparable with ours
     "base": (65.81, 41.68, 12.497, 23.092, 0.6256),
     "+ SFT": (71.84, 48.42, 11.035, 23.900, 0.6570),
     "RM": (99.73, 73.02, 3.613, 34.759, 0.9744),
 }
 TRAINING = {"batch_size": 16, "learning_rate": 2e-3, "muon_factor": 3}
-DECODINGS = ("two-phase", "loop")  # of Eq. 1; the baselines regenerate
 BASE_EDITS = 0.1  # of the base's rows are edits: the paper's base has seen editing, too
 BASE_HIDDEN = 0.1  # of the base's captions, instructions and sources are hidden, each on its own
 LAWFUL = 0.2  # share of RM's rows that follow the paper's law of trajectories
@@ -177,8 +174,7 @@ def render(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
     """Palette indices, int16 [256], and which thing shows at each pixel, int8 [256] (-1: none)."""
     image = background(scene.sky, scene.ground).copy()
     owner = np.full(SIZE * SIZE, -1, np.int8)
-    nearest = lambda pair: (BOTTOM[pair[1].depth], CENTRE[pair[1].column])
-    for i, thing in sorted(enumerate(scene.things), key=nearest):
+    for i, thing in sorted(enumerate(scene.things), key=lambda pair: PLACES.index(pair[1][3:])):
         pixels, colours = stamp(thing)
         image[pixels] = colours
         owner[pixels] = i
@@ -193,9 +189,8 @@ def all_show(scene: Scene) -> bool:
 
 def is_held_out(thing: Thing) -> bool:
     """One in ten triples of kind, colour and place is never trained on; every pair of them is."""
-    place = PLACES.index((thing.depth, thing.column))
-    code = list(SPRITES).index(thing.kind) + 3 * COLOURS.index(thing.colour) + 7 * place
-    return code % 10 == 0
+    kind, colour = list(SPRITES).index(thing.kind), COLOURS.index(thing.colour)
+    return (kind + 3 * colour + 7 * PLACES.index(thing[3:])) % 10 == 0
 
 
 def random_thing(rng: random.Random, depth: str, column: str) -> Thing:
@@ -207,15 +202,14 @@ def random_thing(rng: random.Random, depth: str, column: str) -> Thing:
 
 def references(thing: Thing, scene: Scene) -> list[str]:
     """The ways to name a thing that fit no other of the scene."""
-    size, colour, kind, place = thing.size, thing.colour, thing.kind, thing[3:]
-    same_kind = [other for other in scene.things if other.kind == kind]
+    kind, size, colour, *place = thing
     ways = {
-        f"the {kind}": same_kind,
-        f"the {colour} {kind}": [other for other in same_kind if other.colour == colour],
-        f"the {size} {kind}": [other for other in same_kind if other.size == size],
-        f"the {kind} at the {' '.join(place)}": [o for o in same_kind if o[3:] == place],
+        f"the {kind}": {kind},
+        f"the {colour} {kind}": {colour, kind},
+        f"the {size} {kind}": {size, kind},
+        f"the {kind} at the {' '.join(place)}": {kind, *place},
     }
-    return [text for text, fits in ways.items() if len(fits) == 1]
+    return [way for way, told in ways.items() if sum(told <= {*t} for t in scene.things) == 1]
 
 
 def random_edit(rng: random.Random, test: bool = False) -> Edit | None:
@@ -312,7 +306,7 @@ class Codec:
         self.prompt = self.length + self.pixels  # positions before the target
         self.no_image = 1 + 2 * len(self.palette)
         self.no_word = self.no_image + 1
-        self.word_ids = {word: self.no_word + 1 + i for i, word in enumerate(self.words)}
+        self.word_ids = {word: i for i, word in enumerate(self.words, self.no_word + 1)}
         self.vocabulary = self.no_word + 1 + len(self.words)
 
     def encode_text(self, text: str, where: str = "the instruction") -> list[int]:
@@ -346,8 +340,7 @@ class Pairs(NamedTuple):
     instruction: Tensor
     caption: Tensor  # of the target; all "no word" where there is none
     texts: list[str]
-    verbs: list[str]
-    unseen_phrase: list[bool] | tuple = ()  # of our scenes: see UNSEEN
+    labels: list[tuple[str, ...]]  # groups of which the share right is told, too
 
 
 def scene_pairs(number: int, seed: int, test: bool = False) -> tuple[Pairs, Codec]:
@@ -363,9 +356,9 @@ def scene_pairs(number: int, seed: int, test: bool = False) -> tuple[Pairs, Code
     captions = [caption(edit.target, rng) for edit in edits]
     instruction = torch.tensor([codec.encode_text(text) for text in told])
     captions = torch.tensor([codec.encode_text(text) for text in captions])
-    verbs = [edit.verb for edit in edits]
-    unseen = [edit.unseen_phrase for edit in edits]
-    return Pairs(source, target, instruction, captions, texts, verbs, unseen), codec
+    phrasing = ("seen phrasing", "unseen phrasing")
+    labels = [(edit.verb, phrasing[edit.unseen_phrase]) for edit in edits]
+    return Pairs(source, target, instruction, captions, texts, labels), codec
 
 
 def read_picture(path: Path, size: tuple | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -387,40 +380,32 @@ def read_picture(path: Path, size: tuple | None = None) -> tuple[np.ndarray, np.
     return np.asarray(Image.alpha_composite(white, image).convert("RGB")), np.asarray(image)
 
 
-def parse_pair(line: str, where: str) -> tuple[str, str, list[str]]:
-    """Instruction, verb, and the file names of source and target.  InputError names the line."""
-    try:
-        pair = json.loads(line)
-        text = pair["instruction"]
-        names = [pair["source"], pair["target"]]
-        verb = pair.get("verb") or " ".join(split_words(text)[:1])
-        "".join([text, verb, *names]).encode()  # all text, and no half of a surrogate pair
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise InputError(f'{where} must be JSON with "instruction", "source", "target"') from None
-    return text, verb, names
-
-
 def read_pairs(
     folder: Path, codec: Codec | None = None, most: int | None = None, colours: int = 512
 ) -> tuple[Pairs, Codec]:
     """The first most pairs of folder/pairs.jsonl, and their codec; prints what they are.
 
-    A line: {"instruction": ..., "source": PNG, "target": PNG}, optionally "verb" (else the first
-    word); all pictures have one size.  codec: None learns the words and the most frequent colours
-    of the folder.  Pairs without a change are left out.  InputError names file or line.
+    A line: {"instruction": ..., "source": PNG, "target": PNG}; all pictures have one size.  codec:
+    None learns the words and the most frequent colours of the folder.  Pairs without a change are
+    left out.  InputError names file or line.
     """
     path = folder / "pairs.jsonl"
     lines = rm.read_lines(path)[:most]
-    texts, verbs, images = [], [], []
+    texts, images = [], []
     size = codec and codec.size
     for number, line in lines:
-        text, verb, names = parse_pair(line, f"{path} line {number}")
-        source, _ = read_picture(folder / names[0], size)
+        try:
+            pair = json.loads(line)
+            parts = [pair["instruction"], pair["source"], pair["target"]]
+            "".join(parts).encode()  # all text, and no half of a surrogate pair
+        except (ValueError, KeyError, TypeError):
+            keys = '"instruction", "source", "target"'
+            raise InputError(f"{path} line {number} must be JSON with {keys}") from None
+        source, _ = read_picture(folder / parts[1], size)
         size = source.shape[:2]
-        target, _ = read_picture(folder / names[1], size)
+        target, _ = read_picture(folder / parts[2], size)
         if (source != target).any():
-            texts.append(text)
-            verbs.append(verb)
+            texts.append(parts[0])
             images.append((source, target))
     if not texts:
         raise InputError(f"{folder}: no pair of images differs")
@@ -441,7 +426,7 @@ def read_pairs(
         nearest = (codec.decode_image(torch.from_numpy(tokens)).numpy() != images).any(-1).sum()
         print(f"{folder}: {len(texts)} of {len(lines)} pairs show a change; {len(codec.words)} "
             f"words, {len(codec.palette)} colours ({nearest} pixels by the nearest)")  # fmt: skip
-    return Pairs(source, target, instruction, nothing, texts, verbs), codec
+    return Pairs(source, target, instruction, nothing, texts, [()] * len(texts)), codec
 
 
 def load_test_pairs(folder: Path | None, codec: Codec, most: int, seed: int = 0) -> Pairs:
@@ -475,7 +460,7 @@ class Editor(MaskDiffusionTransformer):
         super().__init__(TransformerConfig(**size, positions="both", coordinates=words + pixels))
         self.codec = codec
         self.variant = variant
-        self.gamma, self.rotate = VARIANTS[variant]
+        self.gamma, self.rotate, self.decodings = VARIANTS[variant]
 
     def forward(self, x: Tensor) -> Tensor:
         words, pixels = self.codec.length, self.codec.pixels
@@ -551,7 +536,7 @@ def sample_batch(
         captioned = ~is_edit & (rand(batch, 1) >= hidden)
         words = torch.where(captioned, pool.caption[rows], words)
 
-    if variant in REGENERATING:
+    if variant in ("base", "sft"):
         editable = rand(target.shape) < rand(batch, 1)  # masked: a share ~ U(0, 1)
         states = torch.where(editable, MASK, target).unsqueeze(0)
     else:
@@ -611,40 +596,40 @@ def two_phase(
 
 @torch.no_grad()
 def edit(
-    model: Editor, source: Tensor, instruction: Tensor, decoding: str = "two-phase"
+    model: Editor, source: Tensor, instruction: Tensor, decoding: str
 ) -> tuple[list[int], Tensor]:
-    """Edits source, int64 [B, P], by instruction, int64 [B, length], on the model's device.
+    """Edits source, int64 [B, P], by instruction, int64 [B, length], with one of model.decodings.
 
-    decoding: one of DECODINGS; base and sft write the target anew in 16 steps.  Returns the forward
-    passes a row and the trace, int64 [turns + 1, B, P], the last without MASK.
+    Returns the forward passes a row and the trace, int64 [turns + 1, B, P], on the CPU; no MASK is
+    left at its end.
     """
-    codec = model.codec
+    codec, device = model.codec, model.embedding.device
+    source, instruction = source.to(device), instruction.to(device)
 
     def denoiser(inputs: Tensor, prompt: Tensor) -> Tensor:
         inputs = torch.cat([prompt, inputs[:, codec.prompt :]], 1)  # the prompt: no history
-        with rm.mixed_precision(inputs.device):
+        with rm.mixed_precision(device):
             return model(inputs).float()
 
-    regenerates = model.variant in REGENERATING
+    regenerates = decoding == "regenerate"
     start = torch.full_like(source, MASK) if regenerates else source
     tokens = torch.cat([instruction, source + len(codec.palette), start], 1)
-    editable = torch.arange(tokens.shape[1], device=tokens.device) >= codec.prompt
+    editable = torch.arange(tokens.shape[1], device=device) >= codec.prompt
     history = HistoryReference(model.embedding.detach(), model.gamma, model.rotate)
     prompt = HistoryReference(history.embedding, gamma=0).push(tokens[:, : codec.prompt])
-    if decoding == "loop" and not regenerates:
+    if decoding == "loop":
         how = {"max_turns": 16, "editable": editable, "context": {"prompt": prompt}}
         _, turns, _, trace = rm.revise(denoiser, tokens, MASK, history, trace=True, **how)
     else:
         steps = {"mask_steps": 0, "reveal_steps": 16} if regenerates else {}
         trace = two_phase(partial(denoiser, prompt=prompt), tokens, editable, history, **steps)
-        moved = (trace[1:] != trace[:-1]).any(-1)
-        number = torch.arange(1, len(moved) + 1, device=moved.device).unsqueeze(1)
-        turns = (moved * number).amax(0).clamp(min=1).tolist()  # until the last change
-    return turns, trace[..., codec.prompt :]
+        moved = (trace[1:] != trace[:-1]).any(-1)  # [turns, B]: every turn until a row is done
+        turns = moved.sum(0).clamp(min=1).tolist()
+    return turns, trace[..., codec.prompt :].cpu()
 
 
 # ------------------------------------------------------------------------------------------------
-# Metrics and evaluation
+# Metrics, evaluation, pictures
 
 
 def structural_similarity(a: Tensor, b: Tensor, window: int = 7) -> Tensor:
@@ -652,11 +637,8 @@ def structural_similarity(a: Tensor, b: Tensor, window: int = 7) -> Tensor:
 
     a, b: float64 [n, H, W, 3] in 0..255.  Wang, Bovik, Sheikh, Simoncelli, 2004; K1 0.01, K2 0.03.
     """
-
-    def mean(x: Tensor) -> Tensor:
-        x = x.movedim(-1, 1)
-        return F.avg_pool2d(x, window, 1, window // 2, count_include_pad=False)
-
+    a, b = a.movedim(-1, 1), b.movedim(-1, 1)
+    mean = nn.AvgPool2d(window, stride=1, padding=window // 2, count_include_pad=False)
     mean_a, mean_b = mean(a), mean(b)
     variance_a, variance_b = mean(a * a) - mean_a**2, mean(b * b) - mean_b**2
     covariance = mean(a * b) - mean_a * mean_b
@@ -690,158 +672,53 @@ def measure(edited: Tensor, source: Tensor, target: Tensor) -> dict[str, Tensor]
     }
 
 
-def summarize(values: Tensor) -> dict:
-    """Mean and 95 % interval of the finite values, median of all but NaN, and the others' counts.
+def share_exact(right: list[bool]) -> dict:
+    hits, n = sum(right), len(right)
+    return {"n": n, "exact": hits / n, "ci95_exact": rm.wilson_interval(hits, n)}
 
-    values: float64 [n].  JSON has no infinity: an infinite median reads "inf".
+
+def evaluate(model: Editor, pairs: Pairs, decoding: str, chunk: int = 100) -> dict:
+    """Shares right, of all and by label; means of the metrics, of psnr the median; passes.
+
+    "inf" and "nan" are text, as JSON has no such numbers.
     """
-    defined = values[~values.isnan()]
-    finite = defined[defined.isfinite()]
-    mean = finite.mean().item() if len(finite) else None
-    half = 1.96 * finite.std().item() / math.sqrt(len(finite)) if len(finite) > 1 else 0.0
-    median = defined.quantile(0.5, interpolation="nearest").item() if len(defined) else None
-    return {
-        "mean": mean,
-        "ci95": [mean - half, mean + half] if len(finite) else None,
-        "median": "inf" if median == math.inf else median,
-        "infinite": len(defined) - len(finite),
-        "undefined": len(values) - len(defined),
-    }
-
-
-def share_exact(right: Tensor) -> dict:
-    n, hits = len(right), int(right.sum())
-    return {"n": n, "exact": hits / max(n, 1), "ci95_exact": rm.wilson_interval(hits, n)}
-
-
-def evaluate(
-    model: Editor, pairs: Pairs, decoding: str = "two-phase", chunk: int = 100
-) -> tuple[dict, Tensor, Tensor]:
-    """(record, edited, remasked: the source with MASK where a turn had it); both int64 [n, P]."""
-    began = time.perf_counter()
-    device = model.embedding.device
-    turns, edited, remasked = [], [], []
-    for rows in torch.arange(len(pairs.source)).split(chunk):
-        source, instruction = pairs.source[rows].to(device), pairs.instruction[rows].to(device)
+    turns, edited = [], []
+    for source, instruction in zip(pairs.source.split(chunk), pairs.instruction.split(chunk)):
         passes, trace = edit(model, source, instruction, decoding)
         turns += passes
-        edited.append(trace[-1].cpu())
-        remasked.append(torch.where((trace == MASK).any(0), MASK, source).cpu())
-    seconds = time.perf_counter() - began
+        edited.append(trace[-1])
+    edited = torch.cat(edited)
 
-    edited, remasked = torch.cat(edited), torch.cat(remasked)
-    right = (edited == pairs.target).all(-1)
-    images = map(model.codec.decode_image, (edited, pairs.source, pairs.target))
-    is_verb = {v: torch.tensor([verb == v for verb in pairs.verbs]) for v in sorted({*pairs.verbs})}
-    unseen = torch.tensor(pairs.unseen_phrase, dtype=torch.bool)
-    by_phrasing = {"unseen_phrasing": unseen, "seen_phrasing": ~unseen} if len(unseen) else {}
-    record = {
+    right = (edited == pairs.target).all(-1).tolist()
+    groups = {}  # label -> which of its pairs are right
+    for label, hit in [(label, hit) for own, hit in zip(pairs.labels, right) for label in own]:
+        groups.setdefault(label, []).append(hit)
+    metrics = measure(*map(model.codec.decode_image, (edited, pairs.source, pairs.target)))
+    average = {name: values.nanmean() for name, values in metrics.items()}
+    average["psnr"] = metrics["psnr"].nanquantile(0.5, interpolation="nearest")
+    return {
         **share_exact(right),
-        **{name: summarize(values) for name, values in measure(*images).items()},
-        "by_verb": {verb: share_exact(right[rows]) for verb, rows in is_verb.items()},
-        **{name: share_exact(right[rows]) for name, rows in by_phrasing.items()},
+        **{name: x.item() if x.isfinite() else str(x.item()) for name, x in average.items()},
+        "groups": {label: share_exact(hits) for label, hits in groups.items()},
         "mean_turns": sum(turns) / len(turns),
-        "decoding": "regenerate" if model.variant in REGENERATING else decoding,
-        "seconds": seconds,
-        "params": sum(p.numel() for p in model.parameters()),
-        "right": "".join(map(str, right.int().tolist())),
+        "decoding": decoding,
+        "right": "".join("01"[hit] for hit in right),
     }
-    return record, edited, remasked
 
 
 def print_table(rows: dict[str, dict]) -> None:
-    """The paper's table, with our medians of PSNR.  rows: label -> record of evaluate."""
-    scales = {"precision": 100, "coverage": 100, "mae": 1, "psnr": 1, "ssim": 1}
-    print(f"\n{'':32}" + "".join(f"{name:>12}" for name in ("exact", *scales, "passes")))
+    """The paper's table and ours.  rows: label -> record of evaluate."""
+    shares, others = ("exact", "precision", "coverage"), ("mae", "psnr", "ssim", "mean_turns")
+    print(f"\n{'':32}" + "".join(f"{name:>12}" for name in (*shares, *others)))
     for label, cells in PAPER.items():
         print(f"{'paper, ' + label:44}" + "".join(f"{cell:12.3f}" for cell in cells))
     for label, row in rows.items():
-        cells = [100 * row["exact"]]
-        for name, scale in scales.items():
-            value = row[name]["median" if name == "psnr" else "mean"]
-            cells.append(math.nan if value is None else scale * float(value))
-        cells.append(row["mean_turns"])
+        cells = [100 * float(row[name]) for name in shares] + [float(row[name]) for name in others]
         print(f"{label:32}" + "".join(f"{cell:12.3f}" for cell in cells))
 
 
-# ------------------------------------------------------------------------------------------------
-# Training
-
-
-def train_variant(
-    variant: str, pool: Pairs, codec: Codec, folder: Path, steps: int,
-    device: torch.device, seed: int = 0, compile: bool = False,
-) -> dict:  # fmt: skip
-    """Trains a variant, goes on with it, or reads its record; writes <variant>.pt and .json."""
-    data = rm.fingerprint(json.dumps(asdict(codec)), *pool[:4])
-    settings = {"seed": seed, "pairs": len(pool.source), "data": data, "steps": steps}
-    run = rm.Run(folder / variant, settings)
-    if run.record:
-        return run.record
-
-    torch.manual_seed(seed)
-    if variant == "base":
-        model = Editor(codec, variant).to(device)
-    else:
-        model = load_editor(folder / "base.pt", device, variant)  # all others start from it
-    sample = partial(sample_batch, pool=pool, codec=codec, variant=variant)
-    memory = {"gamma": model.gamma, "rotate": model.rotate}
-    every = max(1, steps // 20)
-    how = {**TRAINING, **memory, **run.files(every), "seed": seed, "compile": compile}
-    for step, stats in rm.train(model, sample, steps, MASK, **how):
-        if step % every == 0 or step == steps:
-            run.show(step, steps, stats, scores={})
-    about = {"variant": variant, "steps": steps, "training": TRAINING, "compiled": compile}
-    return run.finish(model, "image", codec=asdict(codec), **about, **memory)
-
-
-def train_all(
-    pool: Pairs, test: Pairs, codec: Codec, folder: Path, device: torch.device,
-    steps: int = 2500, base_steps: int | None = None, history: bool = False, seed: int = 0,
-    compile: bool = False,
-) -> dict:  # fmt: skip
-    """The bare command: trains what is not done yet, evaluates every row; a table, a gallery."""
-    pool = Pairs(*(part.to(device) for part in pool[:4]), *pool[4:])
-    steps_of = {"base": base_steps or math.ceil(steps / 5), "sft": steps, "rm": steps}
-    if history:
-        steps_of["history"] = steps
-    training = {}
-    for name, most in steps_of.items():
-        training[name] = train_variant(name, pool, codec, folder, most, device, seed, compile)
-    if not rm.is_main_process():
-        return {}
-
-    rows = {}
-    columns = {"source": test.source}
-    for variant in steps_of:
-        model = load_editor(folder / f"{variant}.pt", device)
-        if variant in REGENERATING:
-            rows[variant], columns[variant], _ = evaluate(model, test)
-            continue
-        for decoding in DECODINGS:
-            row, columns[variant], remasked = evaluate(model, test, decoding)
-            rows[f"{variant}, {decoding}"] = row
-        columns[f"re-masked by {variant}"] = remasked
-    print_table(rows)
-    draw_strips(folder / "gallery.png", codec, test.texts, columns | {"target": test.target})
-    result = {
-        "rows": rows,
-        "paper": PAPER,
-        "training": training,
-        "seed": seed,
-        "provenance": rm.provenance(),
-    }
-    rm.write_json(folder / "table.json", result)
-    return result
-
-
-# ------------------------------------------------------------------------------------------------
-# Figures and files
-
-
 def draw_strips(path: Path, codec: Codec, texts: list[str], columns: dict[str, Tensor]) -> None:
-    """A row of pictures for each of the first texts.  columns: head -> tokens int64 [n, P]."""
-    texts = texts[:10]
+    """A row of pictures for each of n texts.  columns: head -> tokens int64 [n, P]."""
     figure, axes = rm.new_figure(len(texts), 1, 1.4 * len(columns), 1.8 * len(texts))
     middles = [(codec.width + 1) * (i + 0.5) - 1 for i in range(len(columns))]
     images = codec.decode_image(torch.stack([*columns.values()], dim=1))  # [n, columns, H, W, 3]
@@ -862,12 +739,11 @@ def edit_file(model: Editor, path: Path, instruction: str, out: Path, decoding: 
     """
     codec = model.codec
     picture, original = read_picture(path, codec.size)
-    device = model.embedding.device
-    words = torch.tensor([codec.encode_text(instruction)], device=device)
-    source = torch.from_numpy(codec.encode_image(picture)).unsqueeze(0).to(device)
+    words = torch.tensor([codec.encode_text(instruction)])
+    source = torch.from_numpy(codec.encode_image(picture)).unsqueeze(0)
     (turns,), trace = edit(model, source, words, decoding)
 
-    changed = (trace[-1] != source).view(codec.size).cpu().numpy()
+    changed = (trace[-1] != source).view(codec.size).numpy()
     edited = original.copy()
     edited[changed, :3] = codec.decode_image(trace[-1, 0]).numpy()[changed]
     edited[changed, 3] = 255
@@ -875,12 +751,71 @@ def edit_file(model: Editor, path: Path, instruction: str, out: Path, decoding: 
     print(f"wrote {out}")
     columns = {f"turn {turn}": state for turn, state in enumerate(trace)}
     draw_strips(out.with_name(f"{out.stem}_turns.png"), codec, [instruction], columns)
-    return {
-        "instruction": instruction,
-        "turns": turns,
-        "remasked_pixels": int((trace == MASK).any(0).sum()),
-        "changed_pixels": int(changed.sum()),
-    }
+    remasked = int((trace == MASK).any(0).sum())
+    return {"turns": turns, "remasked_pixels": remasked, "changed_pixels": int(changed.sum())}
+
+
+# ------------------------------------------------------------------------------------------------
+# Training
+
+
+def train_variant(
+    variant: str, pool: Pairs, codec: Codec, folder: Path, steps: int,
+    device: torch.device, seed: int = 0, compile: bool = False,
+) -> dict:  # fmt: skip
+    """Trains a variant, goes on with it, or reads its record; writes <variant>.pt and .json."""
+    data = rm.fingerprint(json.dumps(asdict(codec)), *pool[:4])
+    run = rm.Run(folder / variant, {"seed": seed, "steps": steps, "data": data})
+    if run.record:
+        return run.record
+
+    torch.manual_seed(seed)
+    if variant == "base":
+        model = Editor(codec, variant).to(device)
+    else:
+        model = load_editor(folder / "base.pt", device, variant)  # all others start from it
+    sample = partial(sample_batch, pool=pool, codec=codec, variant=variant)
+    how = {**TRAINING, "gamma": model.gamma, "rotate": model.rotate, "compile": compile}
+    every = max(1, steps // 20)
+    for step, stats in rm.train(model, sample, steps, MASK, seed=seed, **how, **run.files(every)):
+        if step % every == 0 or step == steps:
+            run.show(step, steps, stats, scores={})
+    return run.finish(model, "image", codec=asdict(codec), variant=variant, **how)
+
+
+def train_all(
+    pool: Pairs, test: Pairs, codec: Codec, folder: Path, device: torch.device,
+    steps: int = 2500, base_steps: int | None = None, history: bool = False, seed: int = 0,
+    compile: bool = False,
+) -> dict:  # fmt: skip
+    """The bare command: trains what is not done yet, evaluates every row; a table, a gallery."""
+    pool = Pairs(*(part.to(device) for part in pool[:4]), *pool[4:])
+    steps_of = {"base": base_steps or math.ceil(steps / 5), "sft": steps, "rm": steps}
+    if history:
+        steps_of["history"] = steps
+    training = {}
+    for name, most in steps_of.items():
+        training[name] = train_variant(name, pool, codec, folder, most, device, seed, compile)
+    if not rm.is_main_process():
+        return {}
+
+    rows = {}
+    shown = Pairs(*(part[:10] for part in test))
+    columns = {"source": shown.source}
+    for variant in steps_of:
+        model = load_editor(folder / f"{variant}.pt", device)
+        for decoding in model.decodings:
+            rows[f"{variant}, {decoding}"] = evaluate(model, test, decoding)
+        _, trace = edit(model, shown.source, shown.instruction, model.decodings[0])
+        if model.decodings == IN_PLACE:
+            remasked = torch.where((trace == MASK).any(0), MASK, shown.source)
+            columns[f"re-masked by {variant}"] = remasked
+        columns[variant] = trace[-1]
+    print_table(rows)
+    draw_strips(folder / "gallery.png", codec, shown.texts, columns | {"target": shown.target})
+    result = {"rows": rows, "paper": PAPER, "training": training, "provenance": rm.provenance()}
+    rm.write_json(folder / "table.json", result)
+    return result
 
 
 # ------------------------------------------------------------------------------------------------
@@ -888,8 +823,7 @@ def edit_file(model: Editor, path: Path, instruction: str, out: Path, decoding: 
 
 
 def parse_arguments():
-    options = rm.Options(description="Reflective Masking on pictures: edits by instructions, in "
-        "place.  Without arguments: trains on our own scenes, evaluates, draws.")  # fmt: skip
+    options = rm.Options(description="Trains base, SFT and RM to edit pictures, scores and draws.")
     positive = rm.number(int, 1)
     add = options.group("what to do (default: train)", "image")
     add("--evaluate", action="store_true", modes=(), help="score --checkpoint on test pairs")
@@ -907,7 +841,7 @@ def parse_arguments():
     add("--n", type=positive, default=1000, help="test pairs at most (default 1000)")
     add = options.group("editing", "evaluate", "image")
     add("--checkpoint", type=Path, default=HERE / "checkpoints/image_rm.pt", help="or shipped")
-    add("--decode", choices=DECODINGS, default="two-phase", help="loop: of Eq. 1")
+    add("--decode", choices=IN_PLACE, help="loop: of Eq. 1 (default two-phase)")
     general = {"out_modes": ("train", "image"), "seed_modes": ("train", "evaluate")}
     options.general("runs/image", seed="of training, or of test scenes", **general)
     args = options.parse(lambda a: "evaluate" if a.evaluate else "image" if a.image else "train")
@@ -917,8 +851,7 @@ def parse_arguments():
     if args.mode == "evaluate" and args.test and "seed" in args.given:
         options.error("--seed has no effect with --evaluate --test: it draws our own scenes")
     if args.smoke:
-        args.steps = args.steps if "steps" in args.given else 2
-        args.pool, args.n = min(args.pool, 12), min(args.n, 6)
+        args.steps, args.pool, args.n = min(args.steps, 2), min(args.pool, 12), min(args.n, 6)
     args.out = args.out or HERE / ("runs/smoke" if args.smoke else "runs/image")
     return args
 
@@ -936,16 +869,16 @@ def main() -> None:
         result = train_all(pool, test, codec, args.out, device, *plan)
     else:
         model = load_editor(args.checkpoint, device)
-        if model.variant in REGENERATING and "decode" in args.given:
+        decoding = args.decode or model.decodings[0]
+        if decoding not in model.decodings:
             raise InputError(f"{args.checkpoint} regenerates: --decode is RM's")
     if args.mode == "image":
-        result = edit_file(model, args.image, args.instruction, args.out, args.decode)
+        result = edit_file(model, args.image, args.instruction, args.out, decoding)
     if args.mode == "evaluate":
         test = load_test_pairs(args.test, model.codec, args.n, args.seed)
-        score, *_ = evaluate(model, test, args.decode)
-        print_table({model.variant: score})
-        source = {"seed": args.seed, "checkpoint": args.checkpoint.name}
-        result = {**score, **source, "provenance": rm.provenance()}
+        result = evaluate(model, test, decoding)
+        print_table({f"{model.variant}, {decoding}": result})
+        result |= {"seed": args.seed, "provenance": rm.provenance()}
     if args.json and rm.is_main_process():
         rm.write_json(args.json, result)
 
