@@ -94,7 +94,7 @@ CENTRE = {"left": 3, "middle": 8, "right": 12}
 PLACES = [(depth, column) for depth in BOTTOM for column in CENTRE]
 VISIBLE = 0.6  # of every thing at least this share shows, so that the rest can be inferred
 NAMES = {*SPRITES, *COLOURS, *BOTTOM, *CENTRE, "big", "small"}
-LEFT_OUT = 0.15  # of the words of a training instruction that are not NAMES
+LEFT_OUT = 0.15  # each other word of a training instruction, with this probability
 SEEN = {  # for training, and half of the test; "a/b" stands for one phrasing with a and one with b
     "recolour": "make/paint/turn/dye {it} {colour}; please make/paint/dye {it} {colour}; "
     "turn/set/dye {it} to {colour}; {it} should be/become/turn {colour}; "
@@ -265,10 +265,7 @@ def random_edits(number: int, seed: int, test: bool = False) -> list[Edit]:
 
 
 def leave_words_out(text: str, rng: random.Random) -> str:
-    """The instruction with each word but NAMES left out with probability LEFT_OUT.
-
-    For training, so that what is to be done does not hang on a single word ("change", "into").
-    """
+    """For training, so that what is to be done hangs on no single word ("change", "into")."""
     return " ".join(word for word in text.split() if word in NAMES or rng.random() >= LEFT_OUT)
 
 
@@ -353,9 +350,8 @@ def scene_pairs(number: int, seed: int, test: bool = False) -> tuple[Pairs, Code
     rng = random.Random(seed)
     texts = [edit.instruction for edit in edits]
     told = texts if test else [leave_words_out(text, rng) for text in texts]
-    captions = [caption(edit.target, rng) for edit in edits]
     instruction = torch.tensor([codec.encode_text(text) for text in told])
-    captions = torch.tensor([codec.encode_text(text) for text in captions])
+    captions = torch.tensor([codec.encode_text(caption(edit.target, rng)) for edit in edits])
     phrasing = ("seen phrasing", "unseen phrasing")
     labels = [(edit.verb, phrasing[edit.unseen_phrase]) for edit in edits]
     return Pairs(source, target, instruction, captions, texts, labels), codec
@@ -570,19 +566,18 @@ def two_phase(
     that finds nothing more to re-mask, or after mask_steps, so that its result does not depend on
     its batch.  The baselines have no first phase.
     """
-    masking = torch.ones(len(tokens), 1, dtype=torch.bool, device=tokens.device)  # in phase 1
-    reveals = torch.zeros_like(masking, dtype=torch.long)  # turns in phase 2
-    total = torch.ones_like(reveals)  # masks at the start of phase 2
+    reveals = torch.zeros(len(tokens), 1, dtype=torch.long, device=tokens.device)  # in phase 2
+    total = reveals  # masks at the start of phase 2
     trace = [tokens]
     history.reset()
     for turn in range(mask_steps + reveal_steps):
         logits = denoiser(history.push(tokens))
-        masking = masking & (turn < mask_steps)
+        masking = (reveals == 0) & (turn < mask_steps)
         remasked = rm.decide(logits, tokens, MASK, editable & masking, allow_reveal=False)
         masking = masking & (remasked != tokens).any(-1, keepdim=True)
 
         masks = (remasked == MASK).sum(-1, keepdim=True)
-        total = torch.where(reveals == 0, masks.clamp(min=1), total)
+        total = torch.where(reveals == 0, masks, total)
         reveals = reveals + ~masking
         # After step s of S a share cos(pi s / 2S) of the masks is left; one at least is revealed.
         left = total * torch.cos(math.pi / 2 * (reveals / reveal_steps))
@@ -611,8 +606,7 @@ def edit(
         with rm.mixed_precision(device):
             return model(inputs).float()
 
-    regenerates = decoding == "regenerate"
-    start = torch.full_like(source, MASK) if regenerates else source
+    start = torch.full_like(source, MASK) if decoding == "regenerate" else source
     tokens = torch.cat([instruction, source + len(codec.palette), start], 1)
     editable = torch.arange(tokens.shape[1], device=device) >= codec.prompt
     history = HistoryReference(model.embedding.detach(), model.gamma, model.rotate)
@@ -621,7 +615,7 @@ def edit(
         how = {"max_turns": 16, "editable": editable, "context": {"prompt": prompt}}
         _, turns, _, trace = rm.revise(denoiser, tokens, MASK, history, trace=True, **how)
     else:
-        steps = {"mask_steps": 0, "reveal_steps": 16} if regenerates else {}
+        steps = {"mask_steps": 0, "reveal_steps": 16} if decoding == "regenerate" else {}
         trace = two_phase(partial(denoiser, prompt=prompt), tokens, editable, history, **steps)
         moved = (trace[1:] != trace[:-1]).any(-1)  # [turns, B]: every turn until a row is done
         turns = moved.sum(0).clamp(min=1).tolist()
@@ -840,11 +834,12 @@ def parse_arguments():
     add("--test", type=Path, metavar="DIR", help="test on DIR/pairs.jsonl (default: our scenes)")
     add("--n", type=positive, default=1000, help="test pairs at most (default 1000)")
     add = options.group("editing", "evaluate", "image")
-    add("--checkpoint", type=Path, default=HERE / "checkpoints/image_rm.pt", help="or shipped")
-    add("--decode", choices=IN_PLACE, help="loop: of Eq. 1 (default two-phase)")
+    add("--checkpoint", type=Path, default=HERE / "checkpoints/image_rm.pt", help="default shipped")
+    add("--decode", choices=IN_PLACE, help="the loop is Eq. 1's alone (default two-phase)")
     general = {"out_modes": ("train", "image"), "seed_modes": ("train", "evaluate")}
     options.general("runs/image", seed="of training, or of test scenes", **general)
-    args = options.parse(lambda a: "evaluate" if a.evaluate else "image" if a.image else "train")
+    modes = ("evaluate", "image")
+    args = options.parse(lambda args: next((m for m in modes if m in args.given), "train"))
 
     if args.image and not (args.instruction and args.out and args.out.suffix.lower() == ".png"):
         options.error("--image needs --instruction TEXT and --out OUT.png")
