@@ -11,7 +11,8 @@ ones, nobody says.  The model re-masks what it doubts, reveals again, stops when
 Reading order: boards, metrics, training data, baselines, evaluation, training, studies and
 pictures, files and command line.  Tokens: MASK is 0, a digit is itself.
 What differs from the paper: it states neither its training data nor its settings, so sample_starts
-and the constants are ours.  As there, any cell may be re-masked, except the clues of a puzzle.
+and the constants are ours.  Beside Eq. 1 as it stands we decode with one reveal a turn, which then
+sees the one before.  As in the paper any cell may be re-masked, except the clues of a puzzle.
 """
 
 import random
@@ -388,11 +389,10 @@ def new_model(device: torch.device | str = "cpu") -> rm.MaskDiffusionTransformer
 
 
 def steps_in(minutes: float, run: Iterator[tuple[int, dict]]) -> int:
-    """How many steps fit the time here: times a short run of a throw-away model after a fourth."""
-    seconds = torch.tensor([stats["seconds"] for _, stats in run])
-    warm = len(seconds) // 4
-    each = (seconds[-1] - seconds[warm - 1]) / (len(seconds) - warm)
-    return max(1, int(minutes * 60 / rm.gather(float(each))[0]))  # the same for every process
+    """How many steps fit the time here: times a run of a throw-away model after ten steps."""
+    seconds = [stats["seconds"] for _, stats in run]
+    each = (seconds[-1] - seconds[9]) / (len(seconds) - 10)
+    return max(1, int(minutes * 60 / rm.gather(each)[0]))  # the same for every process
 
 
 def train_variant(
@@ -416,12 +416,11 @@ def train_variant(
     test = corrupt(clean, TEST_SEED)
     gamma = VARIANTS[variant][0] if gamma is None else gamma
     rotate = VARIANTS[variant][1] if rotate is None else rotate
+    options = {"gamma": gamma, "rotate": rotate, "compile": compile}
     settings = {
+        **options,
         "minutes": None if steps else minutes,
         "steps": steps,
-        "gamma": gamma,
-        "rotate": rotate,
-        "compile": compile,
         "max_turns": max_turns,
         "data": rm.fingerprint(boards, dug, held_out, start, clean, test),
     }
@@ -432,14 +431,9 @@ def train_variant(
     torch.manual_seed(seed)
     model = new_model(device)
     sample = partial(sample_batch, pool=boards, puzzles=dug, plain=variant == "plain")
-    options = {
-        "gamma": gamma,
-        "rotate": rotate,
-        "oracle": truth_everywhere if variant == "direct" else rm.oracle_action,
-        "compile": compile,
-        "seed": seed,
-        **TRAINING,
-    }
+    options |= {"seed": seed, **TRAINING}
+    if variant == "direct":
+        options["oracle"] = truth_everywhere
     if "planned" not in run.notes:
         trial = rm.train(new_model(device), sample, 40, MASK, warmup=40, **options)
         run.notes["planned"] = steps or steps_in(minutes, trial)
@@ -731,6 +725,7 @@ def parse_options():
     """The command line, with what depends on the mode filled in."""
     options = rm.Options(description="Reflective Masking on Sudoku.  Alone: train, evaluate, draw.")
     count = rm.number(int, 1)
+    cells = rm.number(int, 0, 81)
     used = ("evaluate", "revise", "solve", "puzzles", "study")
     add = options.add_argument_group("what to do (default: train)")
     add = add.add_mutually_exclusive_group().add_argument
@@ -754,10 +749,10 @@ def parse_options():
     add("--boards", type=Path, metavar="FILE", modes=("evaluate",), help="solved, to be corrupted")
     add("--n", type=count, default=2000, modes=("train", "evaluate", "puzzles", "study"),
         help="boards at most (default 2000)")  # fmt: skip
-    add("--corrupt", type=rm.number(int, 0, 81), nargs=2, default=(4, 20), metavar=("LOW", "HIGH"),
+    add("--corrupt", type=cells, nargs=2, default=(4, 20), metavar=("LOW", "HIGH"),
         modes=("evaluate",), help="wrong cells (default 4 20)")  # fmt: skip
     add("--max-turns", type=count, modes=(), help="forward passes (default 32; one a turn 100)")
-    add("--reveal", type=rm.number(int, 0, 81), help="at most, a turn; 0: all (0; solving 1)")
+    add("--reveal", type=cells, help="most reveals a turn, surest first; 0: all (0; solving 1)")
     add("--gif", type=Path, metavar="FILE.gif", modes=("revise", "solve"), help="the turns, moving")
     options.general("runs/sudoku", "of training; with --evaluate of the test boards",
                     ("train", "study"), ("train", "evaluate"))  # fmt: skip

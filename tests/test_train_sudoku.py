@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -62,7 +63,7 @@ def solutions_by_hand(puzzle):
 def test_minimal_puzzles_have_one_solution_and_no_clue_too_many():
     drawn = sudoku.random_puzzles(4, seed=0)
     for puzzle, board in drawn.tolist():
-        assert list(solutions_by_hand(puzzle)) == [board]
+        assert list(islice(solutions_by_hand(puzzle), 2)) == [board]
     for cell in drawn[0, 0].nonzero().flatten().tolist():
         fewer = drawn[0, 0].index_fill(0, torch.tensor(cell), sudoku.MASK).tolist()
         assert any(solution != drawn[0, 1].tolist() for solution in solutions_by_hand(fewer))
@@ -278,30 +279,6 @@ def test_direct_replacement_takes_the_best_digit_where_it_may():
     assert sudoku.direct_replacement(logits, tokens, 0, editable=locked).tolist() == [[3, 2, 3]]
 
 
-# --- learning
-
-
-def test_overfits_a_handful_of_boards():
-    clean = sudoku.random_boards(4, seed=7)
-    start = sudoku.corrupt(clean, seed=5)
-
-    def sample(batch_size, generator):
-        how = {"p_wrong": 1.0, "generator": generator}
-        states = rm.sample_trajectory(clean, start != clean, start, sudoku.MASK, **how)
-        return rm.history_until(states, torch.randint(6, (4,), generator=generator)), clean, None
-
-    torch.manual_seed(0)
-    model = sudoku.new_model()
-    model.blocks = model.blocks[:1]
-    for _ in rm.train(model, sample, 150, sudoku.MASK, learning_rate=5e-3, warmup=20):
-        pass
-    assert sudoku.evaluate(model, 0.9, True, clean, start)["exact"] == 1
-
-
-def test_the_network_stays_within_the_parameter_limit():
-    assert sum(p.numel() for p in sudoku.new_model().parameters()) <= 810_000
-
-
 # --- files as people have them
 
 LINES = [PUZZLE[i : i + 9] for i in range(0, 81, 9)]
@@ -472,36 +449,28 @@ def test_gamma_and_rotation_reach_training(smoke, monkeypatch):
             run_main(monkeypatch, *command, *extra)
 
 
-def test_a_run_stopped_by_signals_goes_on_bit_for_bit(smoke, monkeypatch, capsys):
-    """Ctrl-C, the same command again, SIGTERM, and again: the weights of an unbroken run."""
-    command = ("--smoke", "--steps", "6", "--n", "2", "--out")
+def test_a_run_stopped_by_ctrl_c_goes_on_bit_for_bit(smoke, monkeypatch, capsys):
+    command = ("--smoke", "--steps", "4", "--n", "2", "--out")
     show = rm.Run.show
-    for name in (signal.SIGINT, signal.SIGTERM):
 
-        def kill(*report, name=name):  # in the middle of a step's report
-            show(*report)
-            os.kill(os.getpid(), name)
+    def kill(*report):  # in the middle of the first step's report
+        show(*report)
+        os.kill(os.getpid(), signal.SIGINT)
 
-        monkeypatch.setattr(rm.Run, "show", kill)
-        with pytest.raises(SystemExit) as stop:
-            rm.run_script(lambda: run_main(monkeypatch, *command, smoke / "stopped"))
-        stderr = capsys.readouterr().err
-        assert stop.value.code == 2 and stderr.count("\n") == 1, stderr
-        assert "the same command goes on from here" in stderr
-        files = {path.name for path in (smoke / "stopped").iterdir()}
-        assert files == {"rm_seed0.resume.pt"}
+    monkeypatch.setattr(rm.Run, "show", kill)
+    with pytest.raises(rm.InputError, match="stopped after step 1: the same command goes on"):
+        run_main(monkeypatch, *command, smoke / "stopped")
+    assert [path.name for path in (smoke / "stopped").iterdir()] == ["rm_seed0.resume.pt"]
     monkeypatch.setattr(rm.Run, "show", show)
-    run_main(monkeypatch, *command, smoke / "stopped")
-    out = capsys.readouterr().out
-    assert " 2/6" not in out and " 3/6" in out  # a step each before the two signals
-    run_main(monkeypatch, *command, smoke / "unbroken")
     folders = (smoke / "stopped", smoke / "unbroken")
-    one, two = (rm.read_torch(folder / "rm_seed0.pt")["model"] for folder in folders)
-    assert all(torch.equal(one[name], two[name]) for name in one)
-    one, two = (json.loads((folder / "rm_seed0.json").read_text()) for folder in folders)
-    for point in one["curve"] + two["curve"]:
+    for folder in folders:
+        run_main(monkeypatch, *command, folder)
+    assert capsys.readouterr().out.count(" 1/4 ") == 2  # the stopped one and the unbroken one
+    one, two = (rm.read_torch(folder / "rm_seed0.pt") for folder in folders)
+    assert all(torch.equal(one["model"][name], two["model"][name]) for name in one["model"])
+    for point in one["info"]["curve"] + two["info"]["curve"]:
         del point["minutes"]
-    assert one["curve"] == two["curve"] and len(one["curve"]) == 6
+    assert one["info"]["curve"] == two["info"]["curve"]
 
 
 def test_two_processes_under_torchrun(tmp_path):
@@ -518,9 +487,7 @@ BAD = {  # id: arguments, what the line says
     "short board": ("--revise 123", "81 digits, got 3"),
     "letters": (f"--solve {'a' * 81}", "'a', character 1"),
     "clues clash": ("--solve 55" + "0" * 79, "clash at row 1, column 1"),
-    "no such device": ("--evaluate --device cuda:9", "cuda:9"),
     "another task": ("--evaluate --smoke --checkpoint {tmp}/text.pt", "task 'text'"),
-    "not a checkpoint": ("--evaluate --smoke --checkpoint {tmp}/bad.txt", "bad.txt"),
     "another size": ("--evaluate --smoke --checkpoint {tmp}/small.pt", "small.pt"),
     "missing boards": ("--evaluate --boards nowhere.txt", "nowhere.txt"),
     "comments alone": ("--evaluate --boards {tmp}/comment.txt", "no board"),
@@ -530,7 +497,6 @@ BAD = {  # id: arguments, what the line says
     "a letter in a file": ("--puzzles {tmp}/letter.txt", "line 2: 'O', character 3"),
     "eight lines of nine": ("--puzzles {tmp}/eight.txt", "8 of nine"),
     "no steps": ("--smoke --steps 0", "--steps"),
-    "no time": ("--minutes nan", "--minutes"),
     "ignored: training": ("--evaluate --variant rm", "--variant has no effect"),
     "ignored: out": ("--evaluate --out x", "--out has no effect"),
     "ignored: steps": ("--study clues --steps 3", "--steps has no effect"),
