@@ -762,15 +762,6 @@ def evaluate_all(model: Model, info: dict, test: list[Problem], passes: list[int
 # Training
 
 
-def sampler(variant: str, base: Model | None, pool: Tensor, start: int, law: str = "ours"):
-    """The sample of rm.train: masks for base and sft, revisions for rm and history."""
-    if variant in REVISING:
-        how = {"base": base, "law": law, "remember": 16 if variant == "history" else 1}
-        return partial(sample_revision, pool=pool, start=start, **how)
-    share = PROMPT_SHARE if variant == "base" else 0.0
-    return partial(sample_masks, pool=pool, start=start, prompt_share=share)
-
-
 def train_variant(
     variant: str, model: Model, base: Model | None,
     data: Data, pool: Tensor, steps: int, out: Path, passes: list[int] | None = None,
@@ -805,8 +796,12 @@ def train_variant(
     }
     quarter = max(1, data.tokenizer.answer_length // 4)  # passes of the curve
     every = max(1, steps // 4)
-    probed = torch.compile(base) if compile and base else base
-    sample = sampler(variant, probed, pool, data.tokenizer.prompt_length, law)
+    sample = partial(sample_masks, prompt_share=PROMPT_SHARE if variant == "base" else 0.0)
+    if revises:
+        probed = torch.compile(base) if compile else base
+        remember = 16 if variant == "history" else 1
+        sample = partial(sample_revision, base=probed, law=law, remember=remember)
+    sample = partial(sample, pool=pool, start=data.tokenizer.prompt_length)
     for step, stats in rm.train(
         model, sample, steps, MASK, BATCH_SIZE, gamma, rotate, LEARNING_RATE[variant], MUON_FACTOR,
         warmup=min(100, steps // 5 + 1), compile=compile, **run.files(max(1, steps // 20)),
@@ -966,27 +961,22 @@ def ask(model: Model, info: dict, prompt: str, passes: int | None) -> dict:
     rows = tokenizer.rows([Problem(prompt, "")])
     (result,) = decode(model, info, rows, passes or tokenizer.answer_length)
     trace = result.trace[:, 0, tokenizer.prompt_length :].tolist()
-    color = sys.stdout.isatty()
-    marks = "amber: re-masked, green: revealed" if color else "[_] re-masked, (x) revealed"
-    print(f"_ masked   {marks} in this turn   ¶ end   · pad\n")
+    print("_ masked   [_] re-masked, (x) revealed in this turn   ¶ end   · pad\n")
     for turn, (before, now) in enumerate(zip(trace[:1] + trace, trace)):
-        print(f"turn {turn:2}  {show_state(now, before, tokenizer, color)}")
+        print(f"turn {turn:2}  {show_state(now, before, tokenizer)}")
     answer = tokenizer.text(trace[-1])
     turns, status = result.turns[0], result.status[0]
     print(f"\n{prompt}\n{answer}\n{status} after {turns} forward passes")
     return {"prompt": prompt, "answer": answer, "turns": turns, "status": status}
 
 
-def show_state(now: list[int], before: list[int], tokenizer: Tokenizer, color: bool) -> str:
+def show_state(now: list[int], before: list[int], tokenizer: Tokenizer) -> str:
     """An answer as text, what changed in this turn marked."""
-    remasked, revealed = "[{}]", "({})"
-    if color:
-        remasked, revealed = "\033[33;7m{}\033[0m", "\033[32;1m{}\033[0m"
     parts = []
     for token, old in zip(now, before):
         mark = "{}"
         if token != old:
-            mark = remasked if token == MASK else revealed
+            mark = "[{}]" if token == MASK else "({})"
         parts.append(mark.format(tokenizer.show(token)))
     return (" " if tokenizer.words else "").join(parts)
 
