@@ -6,11 +6,10 @@
     python train_text.py --ask "number of x over 3|7 4:2|8 6:2" --passes 9      watch it revise
     python train_text.py --data TRAIN.jsonl --test TEST.jsonl   lines {"prompt": ..., "answer": ...}
 
-Reading order: tokens, problems, graders, training states, decoding and scores, training, a
-checkpoint, command line.  A base model learns plain mask diffusion; from it, with the same data and
-number of steps, come vanilla SFT and RM.  What differs from the paper: models of a million
-parameters on generated problems, a prompt that is always intact in post-training, mistakes proposed
-by the frozen base where a random share of the rest is masked too, Muon, and what is called ours.
+A base model learns plain mask diffusion; from it, with the same data and number of steps, come
+vanilla SFT and RM.  What differs from the paper: models of a million parameters on generated
+problems, a prompt that is always intact in post-training, mistakes proposed by the frozen base
+where a random share of the rest is masked too, Muon, and what is called ours.
 """
 
 import json
@@ -19,20 +18,20 @@ import random
 import re
 import subprocess
 import sys
-import time
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 import reflective_masking as rm
-from history import ABSENT, HistoryReference, history_embedding
+from history import HistoryReference, history_embedding
 from reflective_masking import InputError, MaskDiffusionTransformer as Model, TransformerConfig
 
 HERE = Path(__file__).parent
@@ -45,18 +44,16 @@ VARIANTS = {  # label, gamma (the paper does not state it), rotate
     "history": ("RM + history", 0.9, True),
 }
 REVISING = ("rm", "history")
-LAWS = {  # of training states: the mean share of positions that start wrong, of rows in a reveal
-    "ours": (0.5, 0.5),
-    "paper": (0.3, 0.0),
-}
+# Laws of training states: the mean share of positions that start wrong, and of rows in a reveal.
+LAWS = {"ours": (0.5, 0.5), "paper": (0.3, 0.0)}
 SIZE = (128, 4)  # width and layers of the network: 0.8 M parameters
 BATCH_SIZE = 32
 LEARNING_RATE = {"base": 2.5e-3, "sft": 4e-4, "rm": 4e-4, "history": 4e-4}
 MUON_FACTOR = 3  # at 8, the default that suits Sudoku, a base learns far slower
 PROMPT_SHARE = 0.2  # of the base's rows mask the prompt too
 TOP_K = 4  # a mistake is among the base's likeliest tokens
-PACES = (1, 1.5, 2)  # of RM's reveals; the passes saved are for revision
-VALIDATION = 300  # problems, for the curve and to choose the pace
+HASTES = (1, 1.5, 2)  # RM reveals so many times as fast; the passes saved are for revision
+VALIDATION = 300  # problems, for the curve and to choose among HASTES
 TEST_SEED = 1  # of the published test problems
 
 
@@ -67,8 +64,8 @@ TEST_SEED = 1  # of the published test problems
 class Problem(NamedTuple):
     prompt: str
     answer: str
-    subject: str = ""
-    grader: str = "exact"
+    subject: str = "all"
+    task: str = "own"  # decides how an answer is graded
     where: str = "the prompt"  # how an error names it
 
 
@@ -80,8 +77,7 @@ def split(text: str, words: bool) -> list[str]:
 class Tokenizer:
     """Characters, or words between single spaces, to ids.  Row: PAD... prompt | answer END PAD...
 
-    The prompt is right-aligned, so that every answer starts at the same place; END and PAD belong
-    to the answer and are predicted, so answers vary in length.  Saved with the checkpoint.
+    Every answer starts at the same place; END and PAD are predicted, so answers vary in length.
     """
 
     symbols: list[str]
@@ -98,8 +94,9 @@ class Tokenizer:
         return cls(sorted(symbols), words, prompt_length, answer_length)
 
     def __post_init__(self):
+        self.shown = [*SPECIAL, *self.symbols]  # by id
+        self.vocabulary = len(self.shown)
         self.ids = {symbol: i for i, symbol in enumerate(self.symbols, len(SPECIAL))}
-        self.vocabulary = len(SPECIAL) + len(self.symbols)
         self.length = self.prompt_length + self.answer_length
 
     def encode(self, text: str, where: str = "the prompt") -> list[int]:
@@ -113,26 +110,22 @@ class Tokenizer:
     def rows(self, problems: list[Problem], answers: bool = False) -> Tensor:
         """int64 [n, prompt_length + answer_length]; without answers MASK stands in their place."""
         rows = torch.full((len(problems), self.length), PAD)
+        rows[:, self.prompt_length :] = PAD if answers else MASK
         for row, problem in zip(rows, problems):
             ids = self.encode(problem.prompt, problem.where)
             if not 0 < len(ids) <= self.prompt_length:
-                takes = f"the model takes 1 to {self.prompt_length}"
-                raise InputError(f"{problem.where} has {len(ids)} tokens, {takes}")
+                found = f"{problem.where} has {len(ids)} tokens"
+                raise InputError(f"{found}, the model takes 1 to {self.prompt_length}")
             row[self.prompt_length - len(ids) : self.prompt_length] = torch.tensor(ids)
-            ids = [MASK] * self.answer_length
             if answers:
                 ids = self.encode(problem.answer, problem.where) + [END]
-            row[self.prompt_length : self.prompt_length + len(ids)] = torch.tensor(ids)
+                row[self.prompt_length :][: len(ids)] = torch.tensor(ids)
         return rows
 
     def text(self, ids: list[int]) -> str:
         """The answer that ids, prompt excluded, spell up to END or PAD; a MASK shows as _."""
-        ends = (i for i, token in enumerate(ids) if token in (END, PAD))
-        shown = [self.show(token) for token in ids[: next(ends, len(ids))]]
-        return (" " if self.words else "").join(shown)
-
-    def show(self, token: int) -> str:
-        return [*SPECIAL, *self.symbols][token]
+        spelled = takewhile(lambda token: token not in (END, PAD), ids)
+        return (" " if self.words else "").join(self.shown[token] for token in spelled)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -156,12 +149,9 @@ class Author(random.Random):
         a, b = self.sample((a, b), 2)
         return f"{a}*{b}={a * b}"
 
-    def any_order(self, *steps: str) -> list[str]:
-        return self.sample(steps, len(steps))
-
     def sum_of_products(self):
         a, b, c, d = self.draw(*[(2, 9)] * 4)
-        steps = self.any_order(self.times(a, b), self.times(c, d))
+        steps = self.sample([self.times(a, b), self.times(c, d)], 2)
         return f"{a}*{b}+{c}*{d}", worked(*steps, self.plus(a * b, c * d), result=a * b + c * d)
 
     def linear_equation(self):
@@ -192,7 +182,7 @@ class Author(random.Random):
         share, whole = sorted(self.sample(range(1, 10), 2))
         k = self.randint(1, 9)
         red, balls = k * share, k * whole
-        steps = self.any_order(self.times(k, share), self.times(k, whole))
+        steps = self.sample([self.times(k, share), self.times(k, whole)], 2)
         steps.append(f"{balls}-{red}={balls - red}")
         prompt = f"{share}/{whole} red, over {self.randint(1, balls - 1)} balls: red, blue?"
         return prompt, worked(*steps, result=f"{red},{balls - red}")
@@ -206,7 +196,7 @@ class Author(random.Random):
 
     def dot_product(self):
         a, b, c, d = self.draw(*[(1, 9)] * 4)
-        steps = self.any_order(self.times(a, c), self.times(b, d))
+        steps = self.sample([self.times(a, c), self.times(b, d)], 2)
         answer = worked(*steps, self.plus(a * c, b * d), result=a * c + b * d)
         return f"({a},{b}) dot ({c},{d})", answer
 
@@ -301,35 +291,30 @@ TASKS = {  # task -> subject -> its template
         "geometry": Author.rectangle,
         "precalculus": Author.dot_product,
     },
-    "code": {"code": Author.program},
-    "choice": {"choice": Author.which_is},
+    "code": {"all": Author.program},
+    "choice": {"all": Author.which_is},
 }
-TASK_GRADER = {"math": "math", "code": "code", "choice": "exact"}
 
 
 def generate(task: str, count: int, part: str, seed: int) -> list[Problem]:
     """count problems, the task's subjects in equal shares; prompts differ but in part "train".
 
-    A hash of the prompt decides on its part: a tenth of all is "test", a tenth "validation".
+    A hash of the prompt decides: a tenth of all prompts is "test", a tenth "validation".
     """
     author = Author(f"{task} {part} {seed}")
     subjects = list(TASKS[task].items())
-    parts = {0: "test", 1: "validation"}
     problems = []
     seen = set()
-    misses = 0
-    while len(problems) < count:
+    for _ in range(20_000 + 100 * count):
         subject, template = subjects[len(problems) % len(subjects)]
         prompt, answer = template(author)
-        misses += 1
-        if misses > 20_000:
-            raise InputError(f"there are too few different {task} problems for {count} of {part}")
-        here = parts.get(zlib.crc32(prompt.encode()) % 10, "train") == part
-        if here and (part == "train" or prompt not in seen):
+        here = {0: "test", 1: "validation"}.get(zlib.crc32(prompt.encode()) % 10, "train")
+        if here == part and (part == "train" or prompt not in seen):
             seen.add(prompt)
-            problems.append(Problem(prompt, answer, subject, TASK_GRADER[task]))
-            misses = 0
-    return problems
+            problems.append(Problem(prompt, answer, subject, task))
+        if len(problems) == count:
+            return problems
+    raise InputError(f"there are too few different {task} problems for {count} of {part}")
 
 
 class Data(NamedTuple):
@@ -340,33 +325,27 @@ class Data(NamedTuple):
     tokenizer: Tokenizer
 
 
-def generated_data(task: str, pool: int, n: int, validation=VALIDATION, seed: int = 0) -> Data:
+def generated_data(task: str, pool: int, n: int, seed: int = 0) -> Data:
     """pool problems to train on, n to test on; seed is of the training problems."""
     train = generate(task, pool, "train", seed)
-    held_out = generate(task, validation, "validation", TEST_SEED)
+    held_out = generate(task, min(n, VALIDATION), "validation", TEST_SEED)
     test = generate(task, n, "test", TEST_SEED)
     everything = train + held_out + test
     return Data(task, train, held_out, test, Tokenizer.of(everything, everything, words=False))
 
 
-def own_data(
-    train: Path, test: Path, n: int, words: bool = False, validation: int = VALIDATION,
-    reading: tuple = (),
-) -> Data:  # fmt: skip
-    """Two files; prompts of the test are left out of training.  reading: to read_problems."""
-    name = f"own_{train.stem}" if train.stem in TASKS else train.stem
-    found = read_problems(train, words, *reading)
-    tests = read_problems(test, words, *reading)[:n]
+def own_data(name: str, found: list[Problem], tests: list[Problem], words: bool = False) -> Data:
+    """Problems of read_problems; prompts of the test are left out of training."""
     tested = {p.prompt for p in tests}
     kept = [p for p in found if p.prompt not in tested]
+    say(f"{len(found) - len(kept)} of {len(found)} training problems are in the test: left out")
     if not kept:
-        raise InputError(f"every training problem is in {test}")
-    say(f"{len(found) - len(kept)} of {len(found)} training problems are in {test}: left out")
+        raise InputError("every training problem is in the test")
     longest = max(kept + tests, key=lambda p: len(split(p.answer, words)))
     tokenizer = Tokenizer.of(kept, kept + tests, words)
     say(f"answers take {tokenizer.answer_length} tokens, as long as that of {longest.where}")
-    some = random.Random(0).sample(kept, min(len(kept) // 10 + 1, validation))  # not held out
-    return Data(name, kept, some, tests, tokenizer)
+    some = random.Random(0).sample(kept, min(len(kept) // 10 + 1, VALIDATION))  # not held out
+    return Data(f"own_{name}", kept, some, tests, tokenizer)
 
 
 def read_problems(
@@ -376,12 +355,12 @@ def read_problems(
     """JSON objects, one a line; InputError names the file and the line.
 
     With prompt_key instruction a field input is part of the prompt (alpaca).  max_length: problems
-    whose prompt or answer has more tokens are left out, and counted.  Where an answer has ####, as
-    in gsm8k, what follows decides whether another is right; else all of it.
+    whose prompt or answer has more tokens are left out, and counted.
     """
     problems = []
     wanted = f'{{"{prompt_key}": text, "{answer_key}": text}}, neither empty'
-    for number, line in rm.read_lines(path):
+    lines = rm.read_lines(path)
+    for number, line in lines:
         where = f"{path} line {number}"
         try:
             found = json.loads(line)
@@ -391,16 +370,25 @@ def read_problems(
             rm.require(prompt.encode() and answer.encode(), "a text is empty")
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise InputError(f"{where} must be {wanted}: {rm.first_line(error)}") from None
-        grader = "result" if "####" in answer else "exact"
-        problems.append(Problem(prompt, answer, "all", grader, where))
-    if max_length is None:
-        return problems
-    lengths = [max(len(split(text, words)) for text in p[:2]) for p in problems]
-    kept = [p for p, length in zip(problems, lengths) if length <= max_length]
-    say(f"{len(problems) - len(kept)} of {len(problems)} in {path} are over {max_length}: left out")
-    if not kept:
+        longest = max(len(split(text, words)) for text in (prompt, answer))
+        if max_length is None or longest <= max_length:
+            problems.append(Problem(prompt, answer, where=where))
+    if max_length:
+        left_out = len(lines) - len(problems)
+        say(f"{left_out} of {len(lines)} in {path} are over {max_length} tokens: left out")
+    if not problems:
         raise InputError(f"{path} has no problem of at most {max_length} tokens")
-    return kept
+    return problems
+
+
+def check_test(tokenizer: Tokenizer, problems: list[Problem]) -> None:
+    """InputError for a prompt that cannot be read; says which answers cannot be written."""
+    tokenizer.rows(problems)
+    answers = [split(p.answer, tokenizer.words) for p in problems]
+    fits = [len(a) < tokenizer.answer_length and tokenizer.ids.keys() >= {*a} for a in answers]
+    if not all(fits):
+        count = f"{fits.count(False)} of {len(fits)} test answers"
+        say(f"{count} are too long or have what the training data lack: never right")
 
 
 def say(line: str) -> None:
@@ -413,28 +401,22 @@ def say(line: str) -> None:
 
 
 def grade(problems: list[Problem], answers: list[str]) -> list[bool]:
-    """Which answers are right, by the grader of each problem."""
+    """Which answers are right; programs by what they compute, any other by has_right_result."""
     pairs = list(zip(problems, answers))
-    programs = iter(run_programs([pair for pair in pairs if pair[0].grader == "code"]))
-    checks = {
-        "exact": lambda problem, answer: answer == problem.answer,
-        "result": has_right_result,
-        "math": has_right_result,
-        "code": lambda problem, answer: next(programs),
-    }
-    return [checks[problem.grader](problem, answer) for problem, answer in pairs]
+    programs = iter(run_programs([pair for pair in pairs if pair[0].task == "code"]))
+    return [next(programs) if p.task == "code" else has_right_result(p, a) for p, a in pairs]
 
 
 def has_right_result(problem: Problem, answer: str) -> bool:
-    """What follows the last #### decides; an answer without it is wrong.
+    """Whether it is the reference; where that has ####, as in gsm8k, what follows the last decides.
 
-    It must be the reference's, or in math any positive integers that solve the prompt (SOLVES).
+    In math it may be any positive integers that solve the prompt (SOLVES).
     """
-    if "####" not in answer:
-        return False
+    if "####" not in problem.answer or "####" not in answer:
+        return answer == problem.answer
     result, reference = (x.rpartition("####")[2].strip() for x in (answer, problem.answer))
     solves = SOLVES.get(problem.prompt.rpartition(": ")[2])
-    if problem.grader != "math" or solves is None:
+    if problem.task != "math" or solves is None:
         return result == reference
     values, given = ([int(n) for n in re.findall(r"\d+", x)] for x in (result, problem.prompt))
     as_many = len(values) == reference.count(",") + 1
@@ -444,12 +426,11 @@ def has_right_result(problem: Problem, answer: str) -> bool:
 
 PROGRAM_SECONDS, PROGRAM_MEGABYTES = 1.0, 512
 RUNNER = r"""
-import ast, json, resource, signal, sys
+import ast, json, os, resource, signal, sys
 seconds, megabytes = json.loads(sys.stdin.readline())
 resource.setrlimit(resource.RLIMIT_AS, (megabytes << 20,) * 2)
-for name in ("RLIMIT_FSIZE", "RLIMIT_NOFILE", "RLIMIT_NPROC", "RLIMIT_CORE"):
-    if hasattr(resource, name):
-        resource.setrlimit(getattr(resource, name), (0, 0))
+resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+resource.setrlimit(resource.RLIMIT_NOFILE, (0, 0))
 ALLOWED = {f.__name__: f for f in (len, max, min, range, reversed, sorted, sum, abs, list)}
 
 def outputs(program, cases):
@@ -459,54 +440,46 @@ def outputs(program, cases):
         if hidden or isinstance(node, (ast.Attribute, ast.Lambda)):
             raise ValueError
     code = compile(tree, "program", "eval")
-    found = []
-    for xs in cases:
-        value = eval(code, {"__builtins__": ALLOWED, "xs": list(xs)})
-        flat = value if type(value) is list else [value]
-        if not all(type(item) is int and abs(item) < 10**9 for item in flat):
-            raise ValueError
-        found.append(value)
+    found = [eval(code, {"__builtins__": ALLOWED, "xs": list(xs)}) for xs in cases]
+    items = [x for value in found for x in (value if type(value) is list else [value])]
+    if not all(type(x) is int and abs(x) < 10**9 for x in items):
+        raise ValueError
     return found
 
 for line in sys.stdin:
-    reference, program, cases = json.loads(line)
-    signal.setitimer(signal.ITIMER_REAL, seconds)  # not caught: the process dies, whatever runs
-    try:
-        right = outputs(reference, cases) == outputs(program, cases)
-    except BaseException:
-        right = False
-    signal.setitimer(signal.ITIMER_REAL, 0)
-    print("ny"[right], end="", flush=True)
+    child = os.fork()
+    if child == 0:  # a process a program, which may die of its limits
+        status = 1
+        try:
+            resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
+            signal.setitimer(signal.ITIMER_REAL, seconds)  # not caught: the process dies
+            reference, program, cases = json.loads(line)
+            status = int(outputs(reference, cases) != outputs(program, cases))
+        finally:
+            os._exit(status)
+    print("ny"[os.waitpid(child, 0)[1] == 0], end="", flush=True)
 """
 
 
 def run_programs(pairs: list[tuple[Problem, str]]) -> list[bool]:
     """A program is right if it gives what the reference gives on 20 hidden lists.
 
-    Programs run in another process, an isolated Python with a limit of time and memory, no files,
-    no processes and a few builtins; one that kills its process counts as wrong, and a new process
-    goes on behind it.  Never here.
+    Programs never run here: an isolated Python forks a process for each, with a limit of time and
+    memory, no files, no processes and a few builtins.
     """
-    jobs = []
+    if not pairs:
+        return []
+    lines = [json.dumps([PROGRAM_SECONDS, PROGRAM_MEGABYTES])]
     for problem, answer in pairs:
         rng = random.Random(f"hidden {problem.prompt}")
         lists = [[rng.randint(-9, 12) for _ in range(rng.randint(4, 8))] for _ in range(20)]
         cases = [xs + [-8, 13, 100, 101] for xs in lists]  # these make no selection empty
-        jobs.append(json.dumps([problem.answer, answer, cases]))
-    limits = json.dumps([PROGRAM_SECONDS, PROGRAM_MEGABYTES])
-    verdicts = ""
-    while len(verdicts) < len(jobs):
-        left = jobs[len(verdicts) :]
-        runner = subprocess.run(
-            [sys.executable, "-I", "-c", RUNNER], input="\n".join([limits, *left]), text=True,
-            capture_output=True, timeout=60 + len(left) * PROGRAM_SECONDS,
-        )  # fmt: skip
-        verdicts += runner.stdout
-        if runner.returncode > 0:
-            raise RuntimeError(f"the program runner failed: {runner.stderr[-200:]}")
-        if runner.returncode < 0:  # killed by a signal: that program is wrong
-            verdicts += "n"
-    return [verdict == "y" for verdict in verdicts]
+        lines.append(json.dumps([problem.answer, answer, cases]))
+    runner = subprocess.run(
+        [sys.executable, "-I", "-W", "ignore", "-c", RUNNER], input="\n".join(lines), text=True,
+        stdout=subprocess.PIPE, check=True, timeout=60 + len(lines) * PROGRAM_SECONDS,
+    )  # fmt: skip
+    return [verdict == "y" for verdict in runner.stdout]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -545,14 +518,12 @@ def sample_revision(
 ) -> rm.Batch:  # fmt: skip
     """Synthetic revisions of the answer; what is wrong was proposed by the frozen base.
 
-    The base is probed once, with the positions that start wrong masked together with a random share
-    of the others, so that a mistake fits what stands around it (ours; the paper masks all).  A
-    row's share of wrong positions is 0 in a quarter of the rows, as decoding starts with the empty
-    answer, else uniform.
+    The base reads the answer without the positions that start wrong and a random share of the
+    others, so that a mistake fits what stands around it (ours; the paper masks all).  In a quarter
+    of the rows no position starts wrong, as decoding starts with the empty answer.
     law "paper": wrong is an even draw from the base's TOP_K without the truth.  A model trained on
     those alone trusts its own best guess; so "ours" draws by the base's own probabilities, truth
-    included: mistakes are as frequent and as likely as those of a parallel reveal.  And half of its
-    rows stand in such a reveal (reveal_trajectory, remember as there).
+    included, as a parallel reveal does.  And half of its rows stand in one (reveal_trajectory).
     """
     uniform = partial(torch.rand, generator=generator, device=pool.device)
     corruption, reveals = LAWS[law]
@@ -571,46 +542,38 @@ def sample_revision(
     masks = ((length + 1) ** uniform(batch_size, 1)).long()  # log-uniform in 1..N
     probe = clean.masked_fill(torch.where(in_reveal, rank < masks, probed), MASK)
     with torch.no_grad(), rm.mixed_precision(pool.device):
-        logits = base(history_embedding(probe.unsqueeze(0), base.embedding, 0.0)).float()
+        logits = base(history_embedding(probe.unsqueeze(0), base.embedding, 0.0, False)).float()
 
     moving = editable
-    wrong = rm.topk_wrong(logits, clean, MASK, TOP_K, generator)
+    wrong = rm.topk_wrong(logits, clean, MASK, TOP_K, generator)  # the paper's
     if law == "ours":
         logits[..., MASK] = -torch.inf
         likely, tokens = logits.topk(min(TOP_K, logits.shape[-1] - 1), dim=-1)
         pick = torch.multinomial(likely.softmax(-1).flatten(0, 1), 1, generator=generator)
-        draft = tokens.gather(-1, pick.view(*clean.shape, 1)).squeeze(-1)
-        moving = editable & ~(starts_wrong & (draft == clean))  # a draft of the truth stands
-        wrong = torch.where(draft == clean, wrong, draft)
-    p_wrong = starts_wrong.float()
-    states = rm.sample_trajectory(clean, moving, wrong, MASK, 6, p_wrong, generator)
-    turn = torch.randint(6, (batch_size,), generator=generator, device=pool.device)
-    states = rm.history_until(states, turn)
-
+        wrong = tokens.gather(-1, pick.view(*clean.shape, 1)).squeeze(-1)
+        moving = editable & ~(starts_wrong & (wrong == clean))  # a draw of the truth stands
+    trajectory = rm.sample_trajectory(
+        clean, moving, wrong, MASK, p_wrong=starts_wrong.float(), generator=generator
+    )
+    now = torch.randint(6, (batch_size,), generator=generator, device=pool.device)
     if law == "ours":
-        revealed = reveal_trajectory(clean, logits, rank, masks, length, generator, remember)
-        longest = max(len(states), len(revealed))
-        states, revealed = (oldest_absent(part, longest) for part in (states, revealed))
-        states = torch.where(in_reveal, revealed, states)
-    return states, clean, editable
-
-
-def oldest_absent(states: Tensor, count: int) -> Tensor:
-    """count states, of which those that states, int64 [K, B, N], lacks are ABSENT."""
-    return F.pad(states, (0, 0, 0, 0, count - len(states), 0), value=ABSENT)
+        revealed, then = reveal_trajectory(clean, logits, rank, masks, length, generator, remember)
+        trajectory, revealed = pad_sequence([trajectory, revealed]).unbind(1)  # equally long
+        trajectory = torch.where(in_reveal, revealed, trajectory)
+        now = torch.where(in_reveal.squeeze(1), then, now)
+    return rm.history_until(trajectory, now), clean, editable
 
 
 def reveal_trajectory(
     clean: Tensor, logits: Tensor, rank: Tensor, masks: Tensor, length: int,
     generator: torch.Generator, remember: int = 1,
-) -> Tensor:  # fmt: skip
-    """Ours: a decoding up to one reveal that may go wrong, int64 [K, B, N], the current state last.
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Ours: a decoding up to one reveal that may go wrong, int64 [K, B, N], and where to stand.
 
     In 1 to `remember` turns (1 says it all without history) the answer is revealed, rightly, until
-    `masks` of its positions are left.  Then the base reveals the k it is surest of all at once, k
-    log-uniform in 1..masks; in half of the rows some others follow, right.  Then what is wrong is
-    re-masked.  The current state is the one before the base's reveal (a third), after it (half) or
-    after the re-masking.
+    `masks` of its positions are left.  Then the base reveals the k it is surest of all at once; in
+    half of the rows some others follow, right.  Then what is wrong is re-masked.  Where, int64 [B]:
+    before the base's reveal (a third), after it (half) or after the re-masking.
     clean, rank: int64 [B, N], rank below `length` in the answer.  masks: int64 [B, 1].  logits:
     float [B, N, V], the base's where the masks lowest ranks are masked, -inf for MASK.
     """
@@ -634,8 +597,7 @@ def reveal_trajectory(
 
     where = uniform(batch)  # a third, a half, a sixth of the rows
     now = turns + (where > 1 / 3).long() + (where > 5 / 6).long()
-    trajectory = torch.cat([revealing, draft.unsqueeze(0), corrected.unsqueeze(0)])
-    return rm.history_until(trajectory, now)
+    return torch.cat([revealing, draft.unsqueeze(0), corrected.unsqueeze(0)]), now
 
 
 # ------------------------------------------------------------------------------------------------
@@ -647,30 +609,28 @@ def even_reveal(passes: int) -> Callable[..., Tensor]:
     left = iter(range(passes, 0, -1))
 
     def rule(logits: Tensor, tokens: Tensor, mask_id: int, editable: Tensor, reveal: None):
-        turns = next(left)
-        count = ((tokens == mask_id).sum(-1) + turns - 1) // turns
+        count = -(-(tokens == mask_id).sum(-1) // next(left))  # rounded up
         return rm.decide(logits, tokens, mask_id, editable, count, allow_remask=False)
 
     return rule
 
 
-def pace_at(paces: list[tuple[int, float]], passes: int) -> float:
-    """The pace chosen for that many passes, or the nearest number below (else the first)."""
-    return max((pair for pair in paces if pair[0] <= passes), default=paces[0])[1]
-
-
-def decode(model: Model, info: dict, rows: Tensor, passes: int) -> Iterator[rm.Revision]:
+def decode(
+    model: Model, info: dict, rows: Tensor, passes: int, haste: float | None = None
+) -> Iterator[rm.Revision]:
     """Answers in at most `passes` forward passes; one Revision, with trace, for every 256 rows.
 
-    base and sft: LLaDA's low-confidence decoding; nothing is re-masked.  rm and history: Eq. 1 at
-    a pace, info["haste"], of at least once that, so that the passes saved are free for revision.
+    base and sft: LLaDA's low-confidence decoding; nothing is re-masked.  rm and history: Eq. 1,
+    `haste` times as fast (None: as chosen in training), so that passes are left for revision.
     rows: int64 [n, prompt + answer], MASK where the answer goes.
     """
     revises = info["variant"] in REVISING
     length = info["tokenizer"]["answer_length"]
     device = model.embedding.device
     editable = torch.arange(rows.shape[1], device=device) >= rows.shape[1] - length
-    reveal = math.ceil(pace_at(info["haste"], passes) * length / passes) if revises else None
+    chosen = [value for count, value in info.get("haste", []) if count <= passes]
+    haste = haste or (chosen or HASTES)[-1]
+    reveal = math.ceil(haste * length / passes) if revises else None
 
     def denoiser(embedded: Tensor) -> Tensor:
         with rm.mixed_precision(device):
@@ -682,80 +642,98 @@ def decode(model: Model, info: dict, rows: Tensor, passes: int) -> Iterator[rm.R
         yield rm.revise(denoiser, part, MASK, history, passes, editable, reveal, True, rule=rule)
 
 
-def evaluate(model: Model, info: dict, problems: list[Problem], passes: int) -> dict:
+def evaluate(
+    model: Model, info: dict, problems: list[Problem], passes: int, haste: float | None = None
+) -> dict:
     """Accuracy of the answers, with what the revision did.  Shares are fractions.
 
-    right: a character a prompt, "1" where right.  repaired, broken: share of the prompts whose
-    first complete draft was wrong and whose answer is right, and the reverse.  remasks: re-masked
-    positions an answer.  replayed: share of them whose next reveal is the token taken away.
+    right: a character a prompt, "1" where right, of all and of each subject.  repaired, broken:
+    prompts whose first complete draft was wrong and whose answer is right, and the reverse.
+    remasks: positions an answer.  replayed: those of them that next reveal the token taken away.
     """
-    began = time.perf_counter()
     tokenizer = Tokenizer(**info["tokenizer"])
     answers, drafts, turns = [], [], []
     remasks = replays = 0
-    for result in decode(model, info, tokenizer.rows(problems), passes):
+    for result in decode(model, info, tokenizer.rows(problems), passes, haste):
         trace = result.trace[:, :, tokenizer.prompt_length :].cpu()
         first = (trace != MASK).all(-1).int().argmax(0)  # complete state; the last always is
         answers += map(tokenizer.text, trace[-1].tolist())
         drafts += map(tokenizer.text, trace[first, torch.arange(len(first))].tolist())
         turns += result.turns
         taken = torch.full_like(trace[0], -1)  # what was re-masked last at each position
-        for before, after in zip(trace, trace[1:]):
+        for before, after in pairwise(trace):
             remask = (before != MASK) & (after == MASK)
             remasks += int(remask.sum())
             replays += int(((before == MASK) & (after == taken)).sum())
             taken = torch.where(remask, before, taken.masked_fill(after != MASK, -1))
-    seconds = time.perf_counter() - began
 
     n = len(problems)
-    right = grade(problems, answers)
-    draft_right = grade(problems, drafts)
-    subjects = {problem.subject: "" for problem in problems}
-    for problem, verdict in zip(problems, right):
-        subjects[problem.subject] += "01"[verdict]
+    verdicts = grade(problems, answers)
+    drafts_right = grade(problems, drafts)
+    right = {"all": ""}
+    for problem, verdict in zip(problems, verdicts):
+        for name in {"all", problem.subject}:
+            right[name] = right.get(name, "") + "01"[verdict]
     return {
-        "accuracy": sum(right) / n,
-        "ci95": rm.bootstrap_interval(right, 2000),
+        "accuracy": sum(verdicts) / n,
+        "ci95": rm.bootstrap_interval(verdicts, 2000),
         "n": n,
         "passes": passes,
         "mean_passes": sum(turns) / n,
-        "subjects": {
-            name: {"accuracy": ones.count("1") / len(ones), "n": len(ones), "right": ones}
-            for name, ones in subjects.items()
-        },
-        "repaired": sum(r and not d for r, d in zip(right, draft_right)) / n,
-        "broken": sum(d and not r for r, d in zip(right, draft_right)) / n,
+        "subjects": {name: ones.count("1") / len(ones) for name, ones in right.items()},
+        "repaired": sum(now > then for now, then in zip(verdicts, drafts_right)) / n,
+        "broken": sum(now < then for now, then in zip(verdicts, drafts_right)) / n,
         "remasks": remasks / n,
         "replayed": replays / max(remasks, 1),
-        "seconds": seconds,
-        "right": "".join("01"[verdict] for verdict in right),
+        "right": right,
     }
 
 
 def budgets(info: dict, passes: list[int] | None = None) -> list[int]:
-    """The passes to score: those given, or N/16 to 2N of the answer length N; for choice 1."""
+    """The passes to score: those given, or N/16 to 2N of the answer length N."""
     length = info["tokenizer"]["answer_length"]
-    shares = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1, 2)
-    counts = {max(1, round(length * share)) for share in shares}
-    if info["trained_on"] == "choice":
-        counts = {1}
-    counts = set(passes or counts)
+    counts = passes or [max(1, round(length * 2**power)) for power in range(-4, 2)]
     if info["variant"] not in REVISING:  # done after N passes; more change nothing
-        counts = {min(count, length) for count in counts}
-    return sorted(counts)
+        counts = [min(count, length) for count in counts]
+    return sorted(set(counts))
 
 
 def evaluate_all(model: Model, info: dict, test: list[Problem], passes: list[int] | None) -> list:
     """A score for each number of forward passes."""
     scores = []
     for count in budgets(info, passes):
-        score = evaluate(model, info, test, count)
-        scores.append(score)
-        low, high = (100 * bound for bound in score["ci95"])
-        found = f"{100 * score['accuracy']:.1f} % ({low:.1f} to {high:.1f})"
-        label = VARIANTS[info["variant"]][0]
-        say(f"{label}, {count} passes: {found}, {score['seconds']:.0f} s")
+        scores.append(evaluate(model, info, test, count))
+        found = "{accuracy:.1%} ({ci95[0]:.1%} to {ci95[1]:.1%})".format(**scores[-1])
+        say(f"{VARIANTS[info['variant']][0]}, {count} passes: {found}")
     return scores
+
+
+def choose_haste(model: Model, info: dict, validation: list[Problem], passes: int) -> float:
+    """The one of HASTES with which most validation problems come out right."""
+    right = lambda haste: evaluate(model, info, validation, passes, haste)["accuracy"]
+    return max(HASTES, key=right)
+
+
+def ask(model: Model, info: dict, prompt: str, passes: int | None) -> dict:
+    """Answers one prompt and shows every turn."""
+    tokenizer = Tokenizer(**info["tokenizer"])
+    rows = tokenizer.rows([Problem(prompt, "")])
+    (result,) = decode(model, info, rows, passes or tokenizer.answer_length)
+    trace = result.trace[:, 0, tokenizer.prompt_length :].tolist()
+    print("_ masked   (_) re-masked, (x) revealed in this turn   ¶ end   · pad\n")
+    for turn, (before, now) in enumerate(zip(trace[:1] + trace, trace)):
+        print(f"turn {turn:2}  {show_state(now, before, tokenizer)}")
+    answer = tokenizer.text(trace[-1])
+    turns, status = result.turns[0], result.status[0]
+    print(f"\n{prompt}\n{answer}\n{status} after {turns} forward passes")
+    return {"prompt": prompt, "answer": answer, "turns": turns, "status": status}
+
+
+def show_state(now: list[int], before: list[int], tokenizer: Tokenizer) -> str:
+    """An answer as text, what changed in this turn in brackets."""
+    marks = ["{}" if token == old else "({})" for token, old in zip(now, before)]
+    parts = [mark.format(tokenizer.shown[token]) for mark, token in zip(marks, now)]
+    return (" " if tokenizer.words else "").join(parts)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -767,9 +745,9 @@ def train_variant(
     data: Data, pool: Tensor, steps: int, out: Path, passes: list[int] | None = None,
     law: str = "ours", compile: bool = False, seed: int = 0,
 ) -> dict:  # fmt: skip
-    """Trains (or resumes) and scores one variant; writes OUT/<name>_<variant>_seed<seed>.pt, .json.
+    """Trains (or resumes) and scores one variant, or reads the record of a finished run back.
 
-    A finished run, one whose .json exists, is read back instead.  Returns the record.
+    Writes OUT/<name>_<variant>_seed<seed>.pt and .json.
     """
     _, gamma, rotate = VARIANTS[variant]
     revises = variant in REVISING
@@ -786,14 +764,8 @@ def train_variant(
     if run.record:
         return run.record
 
-    info = {
-        "variant": variant,
-        "trained_on": data.name,
-        "gamma": gamma,
-        "rotate": rotate,
-        "tokenizer": asdict(data.tokenizer),
-        "haste": [(1, PACES[-1])],
-    }
+    info = {"variant": variant, "trained_on": data.name, "gamma": gamma, "rotate": rotate}
+    info |= {"tokenizer": asdict(data.tokenizer), "haste": []}
     quarter = max(1, data.tokenizer.answer_length // 4)  # passes of the curve
     every = max(1, steps // 4)
     sample = partial(sample_masks, prompt_share=PROMPT_SHARE if variant == "base" else 0.0)
@@ -807,50 +779,30 @@ def train_variant(
         warmup=min(100, steps // 5 + 1), compile=compile, **run.files(max(1, steps // 20)),
         seed=seed + 1000 * list(VARIANTS).index(variant),
     ):  # fmt: skip
-        scores = None
-        if rm.is_main_process() and (step % every == 0 or step == steps):
-            scores = {"right": evaluate(model, info, data.validation, quarter)["accuracy"]}
-        if scores or step % max(1, every // 10) == 0:
-            run.show(step, steps, stats, scores)
+        if rm.is_main_process() and (steps - step) % every == 0:
+            score = evaluate(model, info, data.validation, quarter)
+            run.show(step, steps, stats, {"right": score["accuracy"]})
+        elif step % max(1, every // 10) == 0:
+            run.show(step, steps, stats)
 
-    test = None
     if rm.is_main_process():
         if revises:
-            info["haste"] = choose_pace(model, info, data.validation, passes)
-        test = evaluate_all(model, info, data.test, passes)
-    return run.finish(model, "text", **info, seed=seed, steps=steps, compiled=compile, test=test)
-
-
-def choose_pace(
-    model: Model, info: dict, validation: list[Problem], passes: list[int] | None
-) -> list[tuple[int, float]]:
-    """For every number of passes the one of PACES that is best on validation problems."""
-    chosen = []
-    for count in budgets(info, passes):
-        right = {}
-        for pace in PACES:
-            trial = {**info, "haste": [(1, pace)]}
-            right[pace] = evaluate(model, trial, validation, count)["accuracy"]
-        chosen.append((count, max(right, key=right.get)))
-    say(f"(passes, pace): {chosen}")
-    return chosen
+            choose = partial(choose_haste, model, info, data.validation)
+            info["haste"] = [(count, choose(count)) for count in budgets(info, passes)]
+        info["test"] = evaluate_all(model, info, data.test, passes)
+    return run.finish(model, "text", **info, seed=seed, steps=steps, compiled=compile)
 
 
 def train_all(
     data: Data, out: Path, device: torch.device, base_steps: int, steps: int,
     history: bool = False, size: tuple[int, int] = SIZE, seed: int = 0, **options,
 ) -> dict:  # fmt: skip
-    """Every variant that is not done yet, then the table and the figure.
-
-    size: width and layers.  options: of train_variant.
-    """
+    """Every variant, then table and figure.  size: width, layers.  options: of train_variant."""
     width, layers = size
-    vocabulary, length = data.tokenizer.vocabulary, data.tokenizer.length
-    config = TransformerConfig(
-        vocabulary, length, width, layers, feed_forward=4 * width, positions="both"
-    )
-    pool = data.tokenizer.rows(data.train, answers=True).to(device)
+    shape = (data.tokenizer.vocabulary, data.tokenizer.length, width, layers)
+    config = TransformerConfig(*shape, feed_forward=4 * width, positions="both")
     check_test(data.tokenizer, data.test)
+    pool = data.tokenizer.rows(data.train, answers=True).to(device)
     records = {}
     base = None
     for variant in ["base", "sft", "rm"] + ["history"] * history:
@@ -858,16 +810,14 @@ def train_all(
         model = Model(config).to(device)
         if base:
             model.load_state_dict(base.state_dict())
-        count = steps if base else base_steps
-        how = {"seed": seed, **options}
-        records[variant] = train_variant(variant, model, base, data, pool, count, out, **how)
+        how = {"steps": steps if base else base_steps, "out": out, "seed": seed, **options}
+        records[variant] = train_variant(variant, model, base, data, pool, **how)
         if variant == "base":
             base, _ = rm.load_checkpoint(out / f"{data.name}_base_seed{seed}.pt", "text", device)
     if not rm.is_main_process():
         return {}
 
-    result = report(records, data.tokenizer.answer_length)
-    print_table(result, data.name)
+    result = report(records, data)
     lines = {
         VARIANTS[variant][0]: [(row["passes"], row["accuracy"], row["ci95"]) for row in rows]
         for variant, rows in result["scores"].items()
@@ -878,107 +828,35 @@ def train_all(
     return result
 
 
-def report(records: dict[str, dict], answer_length: int) -> dict:
-    """Scores of the variants, and the paired differences to SFT at equal forward passes."""
+def report(records: dict[str, dict], data: Data) -> dict:
+    """Scores of the variants and paired differences to SFT at equal passes; prints both."""
     scores = {variant: record["test"] for variant, record in records.items()}
+    passes = "".join(f"{row['passes']:8}" for row in scores["rm"])
+    print(f"\n{data.name}, right % at{passes} passes")
+    for subject in scores["rm"][0]["subjects"]:
+        print(subject)
+        for variant, rows in scores.items():
+            cells = "".join(f"{100 * row['subjects'][subject]:8.1f}" for row in rows)
+            print(f"  {VARIANTS[variant][0]:16}{cells}")
+
+    sft = {row["passes"]: row["right"] for row in scores["sft"]}
     minus_sft = {variant: [] for variant in REVISING if variant in scores}
     for variant, differences in minus_sft.items():
         for row in scores[variant]:
-            sft = row_at(scores["sft"], row["passes"])
-            subjects = {
-                name: rm.paired_bootstrap(part["right"], sft["subjects"][name]["right"])
-                for name, part in row["subjects"].items()
-            }
-            both = rm.paired_bootstrap(row["right"], sft["right"])
-            differences.append({"passes": row["passes"], **both, "subjects": subjects})
+            other = sft.get(row["passes"], scores["sft"][-1]["right"])  # done after N passes
+            paired = {name: rm.paired_bootstrap(x, other[name]) for name, x in row["right"].items()}
+            differences.append({"passes": row["passes"], **paired})
+            bounds = paired["all"]["difference"], *paired["all"]["ci95"]
+            points = "{:+.1f} points ({:+.1f} to {:+.1f})".format(*(100 * x for x in bounds))
+            done = f"{row['repaired']:.1%} repaired, {row['broken']:.1%} broken"
+            print(f"{VARIANTS[variant][0]} minus SFT at {row['passes']} passes: {points}; {done}")
     kept = ("steps", "minutes", "params", "settings", "haste", "provenance", "curve")
     return {
-        "answer_length": answer_length,
+        "answer_length": data.tokenizer.answer_length,
         "scores": scores,
         "minus_sft": minus_sft,
         "records": {v: {key: record[key] for key in kept} for v, record in records.items()},
     }
-
-
-def row_at(rows: list[dict], passes: int) -> dict:
-    """The row with that many passes, or the nearest below: past N passes SFT stays as it is."""
-    return max((row for row in rows if row["passes"] <= passes), key=lambda row: row["passes"])
-
-
-def print_table(result: dict, name: str) -> None:
-    """Accuracy against forward passes, by subject too; the differences to SFT."""
-    scores = result["scores"]
-    counts = sorted({row["passes"] for rows in scores.values() for row in rows})
-    subjects = list(scores["base"][0]["subjects"])
-    print(f"\n{name}, right % at" + "".join(f"{count:>8}" for count in counts) + "  passes")
-    for subject in [None, *subjects] if len(subjects) > 1 else [None]:
-        print(subject or "all")
-        for variant, rows in scores.items():
-            chosen = [row_at(rows, count) for count in counts]
-            parts = [row["subjects"][subject] if subject else row for row in chosen]
-            cells = [f"{100 * part['accuracy']:>8.1f}" for part in parts]
-            print(f"  {VARIANTS[variant][0]:16}" + "".join(cells))
-    for variant, differences in result["minus_sft"].items():
-        for row, score in zip(differences, scores[variant]):
-            low, high = (100 * bound for bound in row["ci95"])
-            gain = f"{100 * row['difference']:+.1f} points ({low:+.1f} to {high:+.1f})"
-            print(f"{VARIANTS[variant][0]} minus SFT at {row['passes']} passes: {gain}; "
-                  f"{score['remasks']:.2f} re-masks an answer, {score['repaired']:.1%} repaired, "
-                  f"{score['broken']:.1%} broken")  # fmt: skip
-
-
-# ------------------------------------------------------------------------------------------------
-# A checkpoint
-
-
-def check_test(tokenizer: Tokenizer, problems: list[Problem]) -> None:
-    """InputError for a prompt that cannot be read; says which answers cannot be written."""
-    tokenizer.rows(problems)
-    answers = [split(p.answer, tokenizer.words) for p in problems]
-    fits = [len(a) < tokenizer.answer_length and tokenizer.ids.keys() >= {*a} for a in answers]
-    if not all(fits):
-        count = f"{fits.count(False)} of {len(fits)} test answers"
-        say(f"{count} are too long or have what the training data lack: never right")
-
-
-def evaluate_checkpoint(
-    model: Model, info: dict, test: list[Problem], passes: list[int] | None = None
-) -> dict:
-    """Scores of a checkpoint on test problems."""
-    check_test(Tokenizer(**info["tokenizer"]), test)
-    return {
-        "variant": info["variant"],
-        "scores": evaluate_all(model, info, test, passes),
-        "haste": info["haste"],
-        "params": sum(p.numel() for p in model.parameters()),
-        "provenance": rm.provenance(),
-    }
-
-
-def ask(model: Model, info: dict, prompt: str, passes: int | None) -> dict:
-    """Answers one prompt and shows every turn."""
-    tokenizer = Tokenizer(**info["tokenizer"])
-    rows = tokenizer.rows([Problem(prompt, "")])
-    (result,) = decode(model, info, rows, passes or tokenizer.answer_length)
-    trace = result.trace[:, 0, tokenizer.prompt_length :].tolist()
-    print("_ masked   [_] re-masked, (x) revealed in this turn   ¶ end   · pad\n")
-    for turn, (before, now) in enumerate(zip(trace[:1] + trace, trace)):
-        print(f"turn {turn:2}  {show_state(now, before, tokenizer)}")
-    answer = tokenizer.text(trace[-1])
-    turns, status = result.turns[0], result.status[0]
-    print(f"\n{prompt}\n{answer}\n{status} after {turns} forward passes")
-    return {"prompt": prompt, "answer": answer, "turns": turns, "status": status}
-
-
-def show_state(now: list[int], before: list[int], tokenizer: Tokenizer) -> str:
-    """An answer as text, what changed in this turn marked."""
-    parts = []
-    for token, old in zip(now, before):
-        mark = "{}"
-        if token != old:
-            mark = "[{}]" if token == MASK else "({})"
-        parts.append(mark.format(tokenizer.show(token)))
-    return (" " if tokenizer.words else "").join(parts)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -990,22 +868,21 @@ def parse_arguments():
     positive = rm.number(int, 1)
     train = ("--task", "--data")  # modes: training on a task, on own data, ...
     evaluate = ("--evaluate", "--evaluate --test")
-    own = ("--data", "--evaluate --test")
+
     add = options.group("in place of training")
     add("--evaluate", action="store_true", modes=evaluate, help="score --checkpoint")
     add("--ask", metavar="PROMPT", help="answer one prompt and show every turn")
 
-    add = options.group("problems", *own)
-    add("--task", choices=[*TASKS, "all"], default="code", modes=("--task",), help="default code")
-    add("--pool", type=positive, default=100_000, modes=("--task",),
-        help="generated to train on (default 100000)")
-    add("--n", type=positive, default=1050, modes=train + evaluate,
-        help="test problems at most (default 1050)")
-    add("--data", type=Path, metavar="TRAIN.jsonl", modes=("--data",), help="own; needs --test")
-    add("--test", type=Path, metavar="TEST.jsonl", help="own test problems")
-    add("--prompt-key", default="prompt", metavar="KEY", help="of own: question, instruction, ...")
-    add("--answer-key", default="answer", metavar="KEY", help="of own: output, ...")
-    add("--max-length", type=positive, metavar="TOKENS", help="leave out own with a longer text")
+    add = options.group("generated problems", "--task")
+    add("--task", choices=[*TASKS, "all"], default="code", help="default code")
+    add("--pool", type=positive, default=100_000, help="to train on (default 100000)")
+
+    add = options.group("own problems", "--data", "--evaluate --test")
+    add("--data", type=Path, metavar="TRAIN.jsonl", modes=("--data",), help="train; needs --test")
+    add("--test", type=Path, metavar="TEST.jsonl", help="score on these")
+    add("--prompt-key", default="prompt", metavar="KEY", help="question, instruction, ...")
+    add("--answer-key", default="answer", metavar="KEY", help="output, ...")
+    add("--max-length", type=positive, metavar="TOKENS", help="leave out those with a longer text")
     add("--words", action="store_true", modes=("--data",), help="tokens are words, not characters")
 
     add = options.group("training", *train)
@@ -1018,8 +895,10 @@ def parse_arguments():
     add = options.group("decoding")
     add("--checkpoint", type=Path, default=HERE / "checkpoints/text_rm.pt",
         modes=(*evaluate, "--ask"), help="default: the shipped one")
+    add("--n", type=positive, default=1050, modes=train + evaluate,
+        help="test problems at most (default 1050)")
     add("--passes", type=positive, nargs="+",
-        help="forward passes at most (default N/16 to 2N, for choice 1; with --ask N)")
+        help="forward passes at most (default N/16 to 2N; with --ask N)")
     options.general("runs/text, with --smoke runs/smoke", "of training, of test problems 1;", train,
         (*train, "--evaluate"))  # fmt: skip
 
@@ -1041,44 +920,49 @@ def parse_arguments():
 def main() -> None:
     args = parse_arguments()
     device = rm.start_device(args.device)
-    reading = (args.prompt_key, args.answer_key, args.max_length)
-    if args.mode in ("--task", "--data"):
-        result = run_training(args, reading, device)
-    else:
-        needs = ("variant", "tokenizer", "trained_on", "haste")
-        model, info = rm.load_checkpoint(args.checkpoint, "text", device, needs)
-    if args.mode == "--ask":
-        result = ask(model, info, args.ask, args.passes and args.passes[0])
-    elif args.mode == "--evaluate --test":
-        test = read_problems(args.test, info["tokenizer"]["words"], *reading)[: args.n]
-        result = evaluate_checkpoint(model, info, test, args.passes)
-    elif args.mode == "--evaluate":
-        if info["trained_on"] not in TASKS:
-            raise InputError(f"the model was trained on {info['trained_on']}: it needs --test")
-        seed = args.seed if "seed" in args.given else TEST_SEED
-        test = generate(info["trained_on"], args.n, "test", seed)
-        result = evaluate_checkpoint(model, info, test, args.passes) | {"seed": seed}
+    keys = {"prompt_key": args.prompt_key, "answer_key": args.answer_key}
+    read = partial(read_problems, **keys, max_length=args.max_length)
+    use = run_training if args.mode in ("--task", "--data") else use_checkpoint
+    result = use(args, read, device)
     if args.json and rm.is_main_process():
         rm.write_json(args.json, result)
 
 
-def run_training(args, reading: tuple, device: torch.device) -> dict:
+def run_training(args, read: Callable, device: torch.device) -> dict:
     """Trains on own data or on one task; on all, one after another, results by task."""
-    validation, size, out = VALIDATION, SIZE, HERE / "runs/text"
+    size, out = SIZE, HERE / "runs/text"
     if args.smoke:
-        validation, size, out = 7, (32, 1), HERE / "runs/smoke"
+        size, out = (32, 1), HERE / "runs/smoke"
         small = {"base_steps": 4, "steps": 4, "pool": 200, "n": 14, "passes": [1, 3]}
         vars(args).update({name: x for name, x in small.items() if name not in args.given})
     names = ("base_steps", "steps", "history", "seed", "passes", "law", "compile")
-    plan = {name: getattr(args, name) for name in names} | {"size": size}
+    plan = {name: getattr(args, name) for name in names}
+    train = partial(train_all, out=args.out or out, device=device, size=size, **plan)
     if args.data:
-        data = own_data(args.data, args.test, args.n, args.words, validation, reading)
-        return train_all(data, args.out or out, device, **plan)
-    results = {}
-    for task in TASKS if args.task == "all" else [args.task]:
-        data = generated_data(task, args.pool, args.n, validation, args.seed)
-        results[task] = train_all(data, args.out or out, device, **plan)
+        found = read(args.data, args.words), read(args.test, args.words)[: args.n]
+        return train(own_data(args.data.stem, *found, args.words))
+    tasks = TASKS if args.task == "all" else [args.task]
+    results = {task: train(generated_data(task, args.pool, args.n, args.seed)) for task in tasks}
     return results if args.task == "all" else results[args.task]
+
+
+def use_checkpoint(args, read: Callable, device: torch.device) -> dict:
+    """Answers a prompt, or scores on own problems or on those of the task it was trained on."""
+    needs = ("variant", "tokenizer", "trained_on", "gamma", "rotate")
+    model, info = rm.load_checkpoint(args.checkpoint, "text", device, needs)
+    if args.mode == "--ask":
+        return ask(model, info, args.ask, args.passes and args.passes[0])
+    seed = args.seed if "seed" in args.given else TEST_SEED
+    if args.test:
+        test = read(args.test, info["tokenizer"]["words"])[: args.n]
+    elif info["trained_on"] in TASKS:
+        test = generate(info["trained_on"], args.n, "test", seed)
+    else:
+        raise InputError(f"the model was trained on {info['trained_on']}: it needs --test")
+    check_test(Tokenizer(**info["tokenizer"]), test)
+    scores = evaluate_all(model, info, test, args.passes)
+    result = {"variant": info["variant"], "seed": seed, "scores": scores}
+    return result | {"provenance": rm.provenance()}
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 
 import reflective_masking as rm
 import train_text as text
+from history import ABSENT
 
 ROOT = Path(__file__).parent.parent
 
@@ -170,12 +171,12 @@ def test_text_survives_its_tokens():
 # --- graders
 
 
-def test_exact_and_result_graders():
-    own = text.Problem("over 1, leaves 1 by 2: number?", "a ####12", grader="result")
+def test_own_answers_are_right_by_what_follows_the_last_marks_or_else_whole():
+    own = text.Problem("over 1, leaves 1 by 2: number?", "a ####12")  # 13 solves it, in math alone
     answers = ["2+10=12#### 12", "####12", "12", "#### 12/1", "", "#### 13"]
     assert text.grade([own] * 6, answers) == [True, True, False, False, False, False]
-    exact = [text.Problem("", "a"), text.Problem("", "b")]
-    assert text.grade(exact, ["a", "b "]) == [True, False]
+    whole = [text.Problem("", "a"), text.Problem("", "b"), text.Problem("", "c")]
+    assert text.grade(whole, ["a", "b ", "#### c"]) == [True, False, False]
 
 
 CODE = {
@@ -217,13 +218,7 @@ def test_code_grader_survives_bombs_within_its_limits(bomb, monkeypatch):
     monkeypatch.setattr(text, "PROGRAM_SECONDS", 0.5)
     began = time.perf_counter()
     assert programs("xs[::-1]", ["xs[::-1]", bomb, "xs[::-1]"]) == [True, False, True]
-    assert time.perf_counter() - began < 10
-
-
-def test_the_reference_has_the_same_limits(monkeypatch):
-    monkeypatch.setattr(text, "PROGRAM_SECONDS", 0.5)
-    began = time.perf_counter()
-    assert programs("9**9**9**9", ["xs"]) == programs("nonsense", ["xs"]) == [False]
+    assert programs(bomb, ["xs"]) == programs("nonsense", ["xs"]) == [False]
     assert time.perf_counter() - began < 10
 
 
@@ -233,8 +228,8 @@ def test_models_programs_never_run_in_this_process(monkeypatch):
 
     for name in ("eval", "exec", "compile"):
         monkeypatch.setattr(builtins, name, forbidden)
-    for grader in ("exact", "result", "math", "code"):
-        text.grade([text.Problem("p", "xs", grader=grader)], ["[x for x in xs]"])
+    for task in ("own", "choice", "math", "code"):
+        text.grade([text.Problem("p", "xs", task=task)], ["[x for x in xs]"])
 
 
 # --- training states
@@ -265,7 +260,7 @@ def revisions(base_logits, batch=2000, **options):
     generator = torch.Generator().manual_seed(0)
     start = tokenizer.prompt_length
     states, clean, editable = text.sample_revision(batch, generator, pool, start, base, **options)
-    present = (states[..., 0] != text.ABSENT).int()
+    present = (states[..., 0] != ABSENT).int()
     first = states[present.argmax(0), torch.arange(batch)]  # the oldest state of each row
     return start, states, clean, editable, first, base.seen
 
@@ -291,7 +286,7 @@ def test_the_papers_law_never_edits_prompts_and_never_proposes_the_truth():
     start, states, clean, editable, first, seen = revisions(logits, law="paper")
     assert torch.equal(editable[0], torch.arange(clean.shape[1]) >= start)
     for state in states:
-        prompts = torch.where(state == text.ABSENT, clean, state)[:, :start]
+        prompts = torch.where(state == ABSENT, clean, state)[:, :start]
         assert torch.equal(prompts, clean[:, :start])
     assert torch.equal(seen[:, :start], clean[:, :start])  # the probe reads the whole prompt
     wrong = (states[-1] != clean) & (states[-1] != text.MASK) & editable
@@ -328,8 +323,8 @@ def test_rows_in_a_parallel_reveal_mix_with_the_others(remember):
     logits = lambda tokens: torch.zeros(*tokens.shape, small_pool()[0].vocabulary)
     start, states, clean, editable, first, _ = revisions(logits, batch=400, remember=remember)
     assert torch.equal(states[-1, :, :start], clean[:, :start])
-    assert not (states[-1] == text.ABSENT).any()
-    present = (states[..., 0] != text.ABSENT).int()
+    assert not (states[-1] == ABSENT).any()
+    present = (states[..., 0] != ABSENT).int()
     assert (present.diff(dim=0) >= 0).all() and len({int(n) for n in present.sum(0)}) > 2
     empty = (first[:, start:] == text.MASK).all(-1)  # a reveal begins empty; so do a quarter
     assert abs(empty.float().mean() - (0.5 + 0.5 * 0.25)) < 0.08  # of the other rows
@@ -338,42 +333,37 @@ def test_rows_in_a_parallel_reveal_mix_with_the_others(remember):
 def test_a_reveal_that_may_go_wrong():
     """Every state of reveal_trajectory, by loops, with a base whose mistakes are known."""
     generator = torch.Generator().manual_seed(0)
-    length = 8
-    clean = torch.randint(3, 9, (300, 3 + length), generator=generator)
+    length, rows = 8, 300
+    clean = torch.randint(3, 9, (rows, 3 + length), generator=generator)
     rank = torch.stack([torch.randperm(length, generator=generator) for _ in clean])
-    rank = torch.cat([torch.full((300, 3), 99), rank], 1)
-    masks = torch.randint(1, length + 1, (300, 1), generator=generator)
+    rank = torch.cat([torch.full((rows, 3), 99), rank], 1)
+    masks = torch.randint(1, length + 1, (rows, 1), generator=generator)
     best = torch.randint(3, 9, clean.shape, generator=generator)
     sure = torch.rand(clean.shape, generator=generator)
-    logits = 5 * F.one_hot(best, 9) * (1 + sure.unsqueeze(-1))
+    logits = 2 * F.one_hot(best, 9) * (1 + sure.unsqueeze(-1))
     logits[..., text.MASK] = -torch.inf
-    states = text.reveal_trajectory(clean, logits, rank, masks, length, generator, 4)
-    kinds = []
-    for row in range(300):
-        seen = [state for state in states[:, row] if state[0] != text.ABSENT]
-        assert all(torch.equal(state[:3], clean[row, :3]) for state in seen)
-        assert (seen[0][3:] == text.MASK).all()
-        left = [int((state == text.MASK).sum()) for state in seen]
-        now = seen[-1]
-        masked = rank[row] < int(masks[row])
-        bad = [(state != text.MASK) & (state != clean[row]) for state in seen]
-        wrong = [state for state, found in zip(seen, bad) if found.any()]
-        if not wrong and torch.equal(now == text.MASK, masked):  # before the base's reveal
-            assert torch.equal(now, clean[row].masked_fill(masked, text.MASK))
-            assert left == sorted(left, reverse=True)
-            kinds.append("before")
-            continue
-        draft = wrong[0] if wrong else now
+    states, now = text.reveal_trajectory(clean, logits, rank, masks, length, generator, 4)
+    assert torch.equal(states[:, :, :3], clean[:, :3].expand(len(states), -1, -1))
+    assert (states[0, :, 3:] == text.MASK).all()
+    assert ((states[:-2] == text.MASK) | (states[:-2] == clean)).all()  # until then all is right
+    followed = 0
+    for row in range(rows):
+        left = (states[:-2, row] == text.MASK).sum(-1).tolist()
+        assert left == sorted(left, reverse=True)
+        masked = rank[row] < masks[row]
+        before, draft, corrected = states[-3:, row]
+        assert torch.equal(before, clean[row].masked_fill(masked, text.MASK))
         filled = (draft != text.MASK) & masked
+        assert filled.any() and torch.equal(draft[~masked], clean[row][~masked])
         for i in (filled & (draft != clean[row])).nonzero().flatten():
             assert draft[i] == best[row, i]
             surer = masked & (sure[row] > sure[row, i])
             assert filled[surer].all()  # what the base was surer of was revealed, too
-        if now is not draft:
-            assert torch.equal(now, draft.masked_fill(draft != clean[row], text.MASK))
-        kinds.append("after" if now is draft else "corrected")
-    assert 0.2 < kinds.count("before") / 300 < 0.5
-    assert kinds.count("after") > 90 and kinds.count("corrected") > 15
+        assert torch.equal(corrected, draft.masked_fill(draft != clean[row], text.MASK))
+        followed += bool((filled & (draft != best[row])).any())
+    assert 0.1 < followed / rows < 0.5  # in half of the rows some others follow, right
+    shares = [(now == len(states) - 3 + i).float().mean().item() for i in range(3)]
+    assert shares == pytest.approx([1 / 3, 1 / 2, 1 / 6], abs=0.08)
 
 
 # --- decoding and scores
@@ -402,16 +392,10 @@ class Scripted(torch.nn.Module):
         return 9.0 * F.one_hot(wanted, len(self.embedding)).float()
 
 
-def info_of(tokenizer, variant, pace=2.0):
+def info_of(tokenizer, variant, **more):
     _, gamma, rotate = text.VARIANTS[variant]
-    return {
-        "variant": variant,
-        "trained_on": "math",
-        "gamma": gamma,
-        "rotate": rotate,
-        "tokenizer": asdict(tokenizer),
-        "haste": [(1, pace)],
-    }
+    info = {"variant": variant, "trained_on": "math", "gamma": gamma, "rotate": rotate}
+    return info | {"tokenizer": asdict(tokenizer)} | more
 
 
 def small_model(tokenizer, seed=0):
@@ -424,19 +408,17 @@ def small_model(tokenizer, seed=0):
 
 
 def test_revision_repairs_what_low_confidence_decoding_leaves_wrong():
-    problems = text.generate("math", 4, "test", 0)
+    problems = [p._replace(task="own", answer=p.answer.replace("#", ""))
+                for p in text.generate("math", 4, "test", 0)]  # fmt: skip
     tokenizer = text.Tokenizer.of(problems, problems, False)
     clean = tokenizer.rows(problems, answers=True)
     for variant, right in (("rm", 1), ("sft", 0)):
-        problems = [p._replace(grader="exact") for p in problems]
         model = Scripted(clean, tokenizer.vocabulary, tokenizer.prompt_length)
         score = text.evaluate(model, info_of(tokenizer, variant), problems, 6)
         assert score["accuracy"] == right == score["repaired"]
         assert score["broken"] == score["replayed"] == 0 and score["remasks"] == right
-        assert score["mean_passes"] <= 6 and score["right"] == str(right) * 4
-        assert {name: part["n"] for name, part in score["subjects"].items()} == {
-            p.subject: 1 for p in problems
-        }
+        assert score["mean_passes"] <= 6 and score["right"].pop("all") == str(right) * 4
+        assert score["right"] == {p.subject: str(right) for p in problems}
 
 
 def test_every_variant_makes_at_most_the_passes_it_may_and_leaves_prompts_alone():
@@ -462,24 +444,29 @@ def test_every_variant_makes_at_most_the_passes_it_may_and_leaves_prompts_alone(
                 assert ((result.trace[:-1] == text.MASK) | stays).all()
 
 
-def test_the_pace_is_chosen_by_validation_and_looked_up_by_passes(monkeypatch):
-    found = [text.pace_at([(2, 1.0), (4, 2.0), (8, 3.0)], passes) for passes in (1, 2, 5, 8, 99)]
-    assert found == [1.0, 1.0, 2.0, 3.0, 3.0]
-    best = {4: 2, 8: 1.5}
-
-    def evaluate(model, info, problems, passes):
-        return {"accuracy": -abs(info["haste"][0][1] - best[passes])}
+def test_haste_is_chosen_by_validation_and_looked_up_by_passes(monkeypatch):
+    def evaluate(model, info, problems, passes, haste):
+        return {"accuracy": -abs(haste - {4: 2, 8: 1.5}[passes])}
 
     monkeypatch.setattr(text, "evaluate", evaluate)
-    found = text.choose_pace(None, info_of(small_pool()[0], "rm"), [], [4, 8])
-    assert found == [(4, 2), (8, 1.5)]
+    assert [text.choose_haste(None, {}, [], passes) for passes in (4, 8)] == [2, 1.5]
+
+    tokenizer, pool = small_pool()
+    n, start = tokenizer.answer_length, tokenizer.prompt_length
+    rows = pool[:4].index_fill(1, torch.arange(start, start + n), text.MASK)
+    model = small_model(tokenizer)
+    info = info_of(tokenizer, "rm", haste=[(n // 4, 2.0), (n // 2, 1.5), (n, 1.0)])
+    for passes, haste in ((n // 4, 2), (n // 3, 2), (n // 2, 1.5), (n, 1), (2 * n, 1)):
+        (result,) = text.decode(model, info, rows, passes)
+        reveals = ((result.trace[0] == text.MASK) & (result.trace[1] != text.MASK)).sum(-1)
+        assert (reveals == math.ceil(haste * n / passes)).all()
 
 
 def test_budgets():
-    info = {"tokenizer": {"answer_length": 32}, "variant": "rm", "trained_on": "math"}
+    info = {"tokenizer": {"answer_length": 32}, "variant": "rm"}
     assert text.budgets(info) == [2, 4, 8, 16, 32, 64] and text.budgets(info, [3, 1]) == [1, 3]
     assert text.budgets(info | {"variant": "sft"}) == [2, 4, 8, 16, 32]
-    assert text.budgets(info | {"trained_on": "choice"}) == [1]
+    assert text.budgets({"tokenizer": {"answer_length": 2}, "variant": "rm"}) == [1, 2, 4]
 
 
 def test_a_handful_of_problems_is_learned_to_the_last(tmp_path, monkeypatch):
@@ -536,8 +523,8 @@ def test_the_bare_command_reports_what_was_asked(smoke):
     score = result["scores"]["rm"][0]
     wanted = "accuracy ci95 n passes repaired broken replayed subjects right"
     assert set(wanted.split()) <= set(score)
-    assert set(score["subjects"]) == set(text.TASKS["math"])
-    assert len(score["right"]) == score["n"] == 14
+    assert set(score["subjects"]) == set(score["right"]) == {"all", *text.TASKS["math"]}
+    assert len(score["right"]["all"]) == score["n"] == 14
     record = result["records"]["rm"]
     assert {"steps", "minutes", "params", "provenance", "curve"} <= set(record)
 
@@ -547,8 +534,9 @@ def test_finished_variants_are_kept_and_other_settings_refused(smoke, monkeypatc
     assert in_process(monkeypatch, capsys, *common).count(": done") == 12
     with pytest.raises(text.InputError, match="law"):
         in_process(monkeypatch, capsys, *common, "--law", "paper")
-    with pytest.raises(text.InputError, match="data"):  # other problems, the same folder
-        in_process(monkeypatch, capsys, *common, "--pool", "150")
+    for name, value in (("data", ("--pool", "150")), ("test", ("--n", "7"))):
+        with pytest.raises(text.InputError, match=name):  # other problems, the same folder
+            in_process(monkeypatch, capsys, *common, *value)
 
 
 def test_another_law_shares_the_base(smoke, monkeypatch, capsys, tmp_path):
@@ -576,8 +564,6 @@ def test_a_killed_run_goes_on_where_it_stopped(when, tmp_path, monkeypatch, caps
     with pytest.raises(KeyboardInterrupt):
         in_process(monkeypatch, capsys, *common, "--out", tmp_path / "killed")
     assert list((tmp_path / "killed").glob("*.resume.pt"))
-    with pytest.raises(text.InputError, match="resume.pt was made with"):  # other test problems
-        in_process(monkeypatch, capsys, *common, "--n", 7, "--out", rest(tmp_path))
     monkeypatch.setattr(text, name, working)
     in_process(monkeypatch, capsys, *common, "--out", tmp_path / "killed")
     for variant in ("sft", "rm"):
@@ -588,16 +574,6 @@ def test_a_killed_run_goes_on_where_it_stopped(when, tmp_path, monkeypatch, caps
         assert record["minutes"] > 0 and len(record["curve"]) == 4 and record["test"]
 
 
-def rest(tmp_path):
-    """A copy of the killed run whose unfinished state stands where the base's would."""
-    shutil.copytree(tmp_path / "killed", tmp_path / "other")
-    (tmp_path / "other/choice_base_seed0.json").unlink()
-    (tmp_path / "other/choice_sft_seed0.resume.pt").rename(
-        tmp_path / "other/choice_base_seed0.resume.pt"
-    )
-    return tmp_path / "other"
-
-
 def test_ask_shows_marked_turns(smoke, monkeypatch, capsys):
     common = ("--checkpoint", smoke / "math_rm_seed0.pt", "--json", smoke / "ask.json")
     shown = in_process(monkeypatch, capsys, "--ask", "solve 3x+5=20", *common, "--passes", 4)
@@ -605,7 +581,7 @@ def test_ask_shows_marked_turns(smoke, monkeypatch, capsys):
     found = json.loads((smoke / "ask.json").read_text())
     assert set(found) == {"prompt", "answer", "turns", "status"}
     tokenizer = text.Tokenizer(["a", "b"], False, 1, 3)
-    assert text.show_state([3, 0, 4, 0], [0, 3, 4, 0], tokenizer) == "(a)[_]b_"
+    assert text.show_state([3, 0, 4, 0], [0, 3, 4, 0], tokenizer) == "(a)(_)b_"
 
 
 def test_evaluate_scores_a_checkpoint(smoke, monkeypatch, capsys):
@@ -614,7 +590,7 @@ def test_evaluate_scores_a_checkpoint(smoke, monkeypatch, capsys):
     in_process(monkeypatch, capsys, *common, "--n", 14, "--json", path)
     result = json.loads(path.read_text())
     assert result["scores"][0]["n"] == 14 and result["seed"] == text.TEST_SEED
-    assert result["params"] > 0 and result["variant"] == "sft"
+    assert result["provenance"]["torch"] and result["variant"] == "sft"
 
 
 # --- own data
@@ -669,12 +645,13 @@ def test_one_long_answer_is_named_and_can_be_left_out(tmp_path, capsys):
     train = write(tmp_path / "a.jsonl", *lines)
     test = write(tmp_path / "b.jsonl", {"prompt": "q", "answer": "a"})
     with pytest.raises(text.InputError, match="b.jsonl line 1 has the character 'q'"):
-        text.check_test(text.own_data(train, test, 9).tokenizer, text.read_problems(test))
-    data = text.own_data(train, test, 9)
+        tokenizer = text.own_data("a", *map(text.read_problems, (train, test))).tokenizer
+        text.check_test(tokenizer, text.read_problems(test))
+    data = text.own_data("a", text.read_problems(train), text.read_problems(test))
     shown = capsys.readouterr().out
     assert data.tokenizer.answer_length == 501 and "501 tokens" in shown and "line 4" in shown
-    data = text.own_data(train, test, 9, reading=("prompt", "answer", 20))
-    assert data.tokenizer.answer_length == 6 and "1 of 9" in capsys.readouterr().out
+    found = text.read_problems(train, max_length=20)
+    assert len(found) == 8 and "1 of 9" in capsys.readouterr().out
     with pytest.raises(text.InputError, match="no problem of at most 1"):
         text.read_problems(train, max_length=1)
 
@@ -699,8 +676,6 @@ BAD = {
     "unknown asked": (["--ask", "solve 3x=É", "--checkpoint", "{smoke}/math_rm_seed0.pt"], "'É'"),
     "nothing asked": (["--ask", "", "--checkpoint", "{smoke}/math_rm_seed0.pt"], "0 tokens"),
     "too long": (["--ask", "1" * 99, "--checkpoint", "{smoke}/math_rm_seed0.pt"], "99 tokens"),
-    "a corrupt record": (["--smoke", "--out", "{tmp}"], "code_base_seed0.json is no record"),
-    "a corrupt state": (["--smoke", "--task", "choice", "--out", "{tmp}"], "resume.pt cannot"),
 }
 
 
@@ -716,8 +691,6 @@ def test_bad_input_is_named_in_one_line(given, message, smoke, tmp_path, monkeyp
     write(tmp_path / "numbers.jsonl", {"prompt": 1, "answer": 2})
     write(tmp_path / "half.jsonl", {"prompt": "a", "answer": "\ud800"})
     write(tmp_path / "other.jsonl", {"prompt": "é", "answer": "b"})
-    write(tmp_path / "code_base_seed0.json", "{")
-    write(tmp_path / "choice_base_seed0.resume.pt", "x")
     config = rm.TransformerConfig(vocabulary=4, length=4, width=16, feed_forward=16, layers=1)
     model = rm.MaskDiffusionTransformer(config)
     rm.save_checkpoint(tmp_path / "sudoku.pt", model, task="sudoku")
