@@ -495,8 +495,7 @@ def sample_masks(
     weight is the same, 1/t; the weights of all masked positions are scaled to mean 1.
     """
     uniform = partial(torch.rand, generator=generator, device=pool.device)
-    chosen = torch.randint(len(pool), (batch_size,), generator=generator, device=pool.device)
-    clean = pool[chosen]
+    clean = pool[torch.randint(len(pool), (batch_size,), generator=generator, device=pool.device)]
     with_prompt = uniform(batch_size, 1) < prompt_share
     in_answer = torch.arange(clean.shape[1], device=pool.device) >= start
     editable = in_answer | with_prompt & (clean != PAD)
@@ -508,7 +507,7 @@ def sample_masks(
 
 
 def random_rank(chosen: Tensor, uniform: Callable[..., Tensor]) -> Tensor:
-    """Of the chosen positions of a row, bool [B, N], 0, 1, ... in random order; others follow."""
+    """0, 1, ... in random order over a row's chosen positions, bool [B, N]; others follow."""
     return uniform(chosen.shape).masked_fill(~chosen, 2).argsort(-1).argsort(-1)
 
 
@@ -527,8 +526,7 @@ def sample_revision(
     """
     uniform = partial(torch.rand, generator=generator, device=pool.device)
     corruption, reveals = LAWS[law]
-    chosen = torch.randint(len(pool), (batch_size,), generator=generator, device=pool.device)
-    clean = pool[chosen]
+    clean = pool[torch.randint(len(pool), (batch_size,), generator=generator, device=pool.device)]
     editable = (torch.arange(clean.shape[1], device=pool.device) >= start).expand_as(clean)
     length = clean.shape[1] - start
 
@@ -895,10 +893,8 @@ def parse_arguments():
     add = options.group("decoding")
     add("--checkpoint", type=Path, default=HERE / "checkpoints/text_rm.pt",
         modes=(*evaluate, "--ask"), help="default: the shipped one")
-    add("--n", type=positive, default=1050, modes=train + evaluate,
-        help="test problems at most (default 1050)")
-    add("--passes", type=positive, nargs="+",
-        help="forward passes at most (default N/16 to 2N; with --ask N)")
+    add("--n", type=positive, default=1050, modes=train + evaluate, help="test problems (1050)")
+    add("--passes", type=positive, nargs="+", help="at most (default N/16 to 2N; with --ask N)")
     options.general("runs/text, with --smoke runs/smoke", "of training, of test problems 1;", train,
         (*train, "--evaluate"))  # fmt: skip
 

@@ -188,9 +188,9 @@ CODE = {
     "": False,
     "xs = 3": False,
     "sum(xs) > 3": False,
-    "__import__('os').system('true')": False,
-    "[open('/etc/passwd')]": False,
-    "().__class__.__base__.__subclasses__()": False,
+    "[x*x for x in xs if x%2==0 if __builtins__][::-1]": False,
+    "[(x*x).real for x in xs if x%2==0][::-1]": False,
+    "[x*x for x in xs if x%2==0 if open][::-1]": False,
     "[float(x) for x in xs]": False,
 }
 
@@ -199,8 +199,10 @@ def programs(reference, answers):
     return text.grade([text.Problem("p", reference, "code", "code")] * len(answers), answers)
 
 
-def test_code_grader_counts_any_right_program_and_nothing_else():
+def test_code_grader_counts_any_right_program_and_nothing_else(monkeypatch):
     assert programs(next(iter(CODE)), list(CODE)) == list(CODE.values())
+    monkeypatch.setattr(text, "PROGRAM_SECONDS", 60)
+    assert programs("10**8", ["10**8", "len([0]*10**8)"]) == [True, False]  # right, in 800 MB
 
 
 BOMBS = [
@@ -361,7 +363,7 @@ def test_a_reveal_that_may_go_wrong():
             assert filled[surer].all()  # what the base was surer of was revealed, too
         assert torch.equal(corrected, draft.masked_fill(draft != clean[row], text.MASK))
         followed += bool((filled & (draft != best[row])).any())
-    assert 0.1 < followed / rows < 0.5  # in half of the rows some others follow, right
+    assert 0.15 < followed / rows < 0.37  # in half of the rows some others follow, right
     shares = [(now == len(states) - 3 + i).float().mean().item() for i in range(3)]
     assert shares == pytest.approx([1 / 3, 1 / 2, 1 / 6], abs=0.08)
 
