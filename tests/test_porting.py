@@ -182,7 +182,7 @@ def test_a_network_of_hugging_face_trains_and_revises(make):
     read = [denoiser(embedding()[x], mask)[:, PROMPT - 1] for x in answers]
     assert ((read[0] - read[1]).abs().amax(-1) > 1e-9).all()
 
-    wrong = rm.uniform_wrong(clean, torch.arange(1, 7), generator=generator)[0]
+    wrong = rm.uniform_wrong(clean, torch.arange(1, 7), generator=generator)
     spoilt = editable & (torch.rand(clean.shape, generator=generator) < 0.5)
     start = torch.where(spoilt, wrong, clean)
 
@@ -225,7 +225,7 @@ def training_loss(embedding, denoiser, weights, clean, editable, mask, generator
         probe = denoiser(embedding()[clean.masked_fill(editable, MASK)], mask)
         probe = torch.nn.functional.linear(probe, *weights.values()) if weights else probe
         probe[..., [PAD, *range(7, V)]] = -math.inf  # no words
-    wrong = rm.topk_wrong(probe, clean, MASK, k=50, generator=generator)[0]
+    wrong = rm.topk_wrong(probe, clean, MASK, k=50, generator=generator)
     revised = editable & (torch.rand(clean.shape, generator=generator) < 0.7)
     trajectory = rm.sample_trajectory(clean, revised, wrong, MASK, T=3, generator=generator)
     t = torch.randint(3, (len(clean),), generator=generator)
