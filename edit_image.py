@@ -759,15 +759,15 @@ def train_variant(
 ) -> dict:  # fmt: skip
     """Trains a variant, goes on with it, or reads its record; writes <variant>.pt and .json."""
     data = rm.fingerprint(json.dumps(asdict(codec)), *pool[:4])
-    run = rm.Run(folder / variant, {"seed": seed, "steps": steps, "data": data})
+    torch.manual_seed(seed)
+    model = Editor(codec, variant).to(device)
+    if variant != "base":
+        model = load_editor(folder / "base.pt", device, variant)  # all others start from it
+    base = rm.fingerprint(*model.state_dict().values())
+    run = rm.Run(folder / variant, {"seed": seed, "steps": steps, "data": data, "base": base})
     if run.record:
         return run.record
 
-    torch.manual_seed(seed)
-    if variant == "base":
-        model = Editor(codec, variant).to(device)
-    else:
-        model = load_editor(folder / "base.pt", device, variant)  # all others start from it
     sample = partial(sample_batch, pool=pool, codec=codec, variant=variant)
     how = {**TRAINING, "gamma": model.gamma, "rotate": model.rotate, "compile": compile}
     every = max(1, steps // 20)
