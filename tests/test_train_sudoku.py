@@ -538,7 +538,7 @@ def test_bad_input_is_named_in_one_line(arguments, message, tmp_path, monkeypatc
 
 
 def test_the_shipped_model_repairs_boards_and_leaves_right_ones_alone():
-    path = ROOT / "checkpoints/sudoku_full.pt"
+    path = ROOT / "checkpoints/sudoku_rm.pt"
     assert path.stat().st_size <= 4 * 2**20
     model, info = rm.load_checkpoint(path, "sudoku")
     clean = sudoku.random_boards(60, sudoku.TEST_SEED)
