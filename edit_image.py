@@ -846,7 +846,8 @@ def parse_arguments():
     if args.mode == "evaluate" and args.test and "seed" in args.given:
         options.error("--seed has no effect with --evaluate --test: it draws our own scenes")
     if args.smoke:
-        args.steps, args.pool, args.n = min(args.steps, 2), min(args.pool, 12), min(args.n, 6)
+        small = {"steps": 2, "pool": 12, "n": 6}
+        vars(args).update({name: x for name, x in small.items() if name not in args.given})
     args.out = args.out or HERE / ("runs/smoke" if args.smoke else "runs/image")
     return args
 

@@ -330,7 +330,7 @@ def revise_boards(
     history = HistoryReference(model.embedding.detach(), gamma, rotate)
     start = start.to(model.embedding.device)
     editable = (start == MASK) | (not solve)
-    # With history a state that returns is no dead end, as the memory still grows.
+    # With history, or a rule that knows its turn, a state that returns is no dead end.
     patience = max_turns if gamma or rule else None
     how = {"trace": True, "patience": patience, "rule": rule}
     return rm.revise(model, start, MASK, history, max_turns, editable, reveal, **how)
@@ -585,7 +585,7 @@ def draw(path: Path, rows: list[dict], axis: str, shares: tuple = ("exact", "val
 def animate(path: Path, trace: Tensor) -> None:
     """A GIF of one revision, int64 [turns + 1, 81].
 
-    Amber: re-masked in this turn; green: revealed in this turn; red digit: breaks a rule.
+    Amber: masked; green: revealed in this turn; red digit: breaks a rule.
     """
     from matplotlib.animation import FuncAnimation, PillowWriter
 
@@ -751,15 +751,15 @@ def parse_options():
         help="boards at most (default 2000)")  # fmt: skip
     add("--corrupt", type=cells, nargs=2, default=(4, 20), metavar=("LOW", "HIGH"),
         modes=("evaluate",), help="wrong cells (default 4 20)")  # fmt: skip
-    add("--max-turns", type=count, modes=(), help="forward passes (default 32; one a turn 100)")
+    add("--max-turns", type=count, help="forward passes (default 32; one a turn 100)")
     add("--reveal", type=cells, help="most reveals a turn, surest first; 0: all (0; solving 1)")
     add("--gif", type=Path, metavar="FILE.gif", modes=("revise", "solve"), help="the turns, moving")
     options.general("runs/sudoku", "of training; with --evaluate of the test boards",
                     ("train", "study"), ("train", "evaluate"))  # fmt: skip
     args = options.parse(lambda args: next((m for m in used if m in args.given), "train"))
 
-    if args.steps and "minutes" in args.given:
-        options.error("--minutes has no effect with --steps")
+    if (args.steps or args.smoke) and "minutes" in args.given:
+        options.error("--minutes has no effect with --steps or --smoke")
     if args.corrupt[0] > args.corrupt[1]:
         options.error(f"--corrupt: {args.corrupt[0]} is more than {args.corrupt[1]}")
     if args.gif and args.gif.suffix != ".gif":

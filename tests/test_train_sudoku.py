@@ -426,7 +426,7 @@ def test_every_model_of_the_tables_trains_and_finished_ones_are_kept(smoke, monk
     assert table["table"].keys() == table["ours_against"].keys() and len(table["table"]) == 13
     run_main(monkeypatch, *common)
     assert capsys.readouterr().out.count(": done") == len(sudoku.VARIANTS)
-    for other in (("--gamma", "0.5"), ("--no-rotate",), ("--max-turns", "3")):
+    for other in (("--gamma", "0.5"), ("--no-rotate",)):
         named = other[0].strip("-no").replace("-", "_")
         with pytest.raises(rm.InputError, match=named):
             run_main(monkeypatch, *common, *other)
