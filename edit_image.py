@@ -34,7 +34,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import reflective_masking as rm
-from history import ABSENT, HistoryReference
+from history import ABSENT, HistoryReference, rms_norm
 from reflective_masking import InputError, MaskDiffusionTransformer, TransformerConfig
 
 HERE = Path(__file__).parent
@@ -56,6 +56,7 @@ BASE_EDITS = 0.1  # of the base's rows are edits: the paper's base has seen edit
 BASE_HIDDEN = 0.1  # of the base's captions, instructions and sources are hidden, each on its own
 LAWFUL = 0.2  # share of RM's rows that follow the paper's law of trajectories
 TEST_SEED = 1_000_000  # of the held-out scenes
+PAIR = ("instruction", "source", "target")  # the keys of a line of pairs.jsonl
 SIDE = 32  # a picture's pixels a side at most: attention costs the square of their product
 
 # ------------------------------------------------------------------------------------------------
@@ -65,7 +66,7 @@ SIZE = 16
 SKIES = ("day", "dusk", "night")
 GROUNDS = ("meadow", "sand", "stone")
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "white")
-FIXED = "KLBSG"  # dark, light, brown, skin, stalk
+FIXED = {"K": 26, "L": 27, "B": 28, "S": 29, "G": 30}  # dark, light, brown, skin, stalk
 HEX = (  # the palette: two shades of every sky, ground and colour, then FIXED
     "8cc8f0 a6d8f6 ec9682 f6b08c 1e224a 343868 7ec860 68b254 e8d096 d8bc7e 96969e 7a7a84 "
     "d62e2e 961824 f08c28 b85c14 fadc46 cea428 46b450 24783c 466ee6 2842a0 a050c8 6a2e92 "
@@ -161,30 +162,25 @@ def stamp(thing: Thing) -> tuple[np.ndarray, np.ndarray]:
     """The pixels that a thing covers, int [k] in 0..255, and their palette indices, int16 [k]."""
     rows = SPRITES[thing.kind][thing.size == "small"].split("/")
     shade = 2 * (len(SKIES) + len(GROUNDS) + COLOURS.index(thing.colour))
-    last = range(len(PALETTE) - len(FIXED), len(PALETTE))
-    key = dict(zip("Aa" + FIXED, (shade, shade + 1, *last)))
+    colours = {"A": shade, "a": shade + 1, **FIXED}
     top = BOTTOM[thing.depth] - len(rows) + 1
     left = CENTRE[thing.column] - len(rows[0]) // 2
-    cells = [(y, x, c) for y, row in enumerate(rows) for x, c in enumerate(row) if c != "."]
-    pixels = np.array([(top + y) * SIZE + left + x for y, x, _ in cells])
-    return pixels, np.array([key[c] for _, _, c in cells], np.int16)
+    art = np.array([[*row] for row in rows])
+    y, x = np.nonzero(art != ".")
+    pixels = (top + y) * SIZE + left + x
+    return pixels, np.array([colours[letter] for letter in art[y, x]], np.int16)
 
 
-def render(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
-    """Palette indices, int16 [256], and which thing shows at each pixel, int8 [256] (-1: none)."""
+def render(scene: Scene) -> tuple[np.ndarray, float]:
+    """Palette indices, int16 [256], and the share that shows of the thing that shows least."""
     image = background(scene.sky, scene.ground).copy()
-    owner = np.full(SIZE * SIZE, -1, np.int8)
-    for i, thing in sorted(enumerate(scene.things), key=lambda pair: PLACES.index(pair[1][3:])):
+    owner = np.full(SIZE * SIZE, -1)
+    things = sorted(scene.things, key=lambda thing: PLACES.index(thing[3:]))
+    for i, thing in enumerate(things):
         pixels, colours = stamp(thing)
         image[pixels] = colours
         owner[pixels] = i
-    return image, owner
-
-
-def all_show(scene: Scene) -> bool:
-    owner = render(scene)[1]
-    shown = [(owner == i).sum() / len(stamp(t)[0]) for i, t in enumerate(scene.things)]
-    return min(shown) >= VISIBLE
+    return image, min((owner == i).sum() / len(stamp(t)[0]) for i, t in enumerate(things))
 
 
 def is_held_out(thing: Thing) -> bool:
@@ -203,13 +199,9 @@ def random_thing(rng: random.Random, depth: str, column: str) -> Thing:
 def references(thing: Thing, scene: Scene) -> list[str]:
     """The ways to name a thing that fit no other of the scene."""
     kind, size, colour, *place = thing
-    ways = {
-        f"the {kind}": {kind},
-        f"the {colour} {kind}": {colour, kind},
-        f"the {size} {kind}": {size, kind},
-        f"the {kind} at the {' '.join(place)}": {kind, *place},
-    }
-    return [way for way, told in ways.items() if sum(told <= {*t} for t in scene.things) == 1]
+    ways = [(kind,), (colour, kind), (size, kind), (kind, "at the", *place)]
+    unique = [way for way in ways if sum({*way} <= {*t, "at the"} for t in scene.things) == 1]
+    return [" ".join(["the", *way]) for way in unique]
 
 
 def random_edit(rng: random.Random, test: bool = False) -> Edit | None:
@@ -225,9 +217,9 @@ def random_edit(rng: random.Random, test: bool = False) -> Edit | None:
     things = tuple(random_thing(rng, *place) for place in places[:number])
     source = Scene(rng.choice(SKIES), rng.choice(GROUNDS), things)
 
-    old, new, kept = things[0], None, things[1:]
+    old, new = things[0], None
     if verb == "add":
-        old, new, kept = None, random_thing(rng, *places[number]), things
+        old, new = None, random_thing(rng, *places[number])
     elif verb == "recolour":
         new = old._replace(colour=rng.choice([c for c in COLOURS if c != old.colour]))
     elif verb == "replace":
@@ -237,13 +229,13 @@ def random_edit(rng: random.Random, test: bool = False) -> Edit | None:
         if not empty:
             return None
         new = old._replace(depth=empty[0][0], column=empty[0][1])
-    target = source._replace(things=kept + ((new,) if new else ()))
+    target = source._replace(things=tuple(t for t in (*things, new) if t not in (old, None)))
 
     focus = new or old
     others = {*source.things, *target.things} - {focus}
     if verb == "replace" and new.kind == old.kind or is_held_out(focus) != test:
         return None
-    if any(map(is_held_out, others)) or not (all_show(source) and all_show(target)):
+    if any(map(is_held_out, others)) or min(render(source)[1], render(target)[1]) < VISIBLE:
         return None
 
     unseen = test and rng.random() < 0.5
@@ -392,16 +384,15 @@ def read_pairs(
     for number, line in lines:
         try:
             pair = json.loads(line)
-            parts = [pair["instruction"], pair["source"], pair["target"]]
-            "".join(parts).encode()  # all text, and no half of a surrogate pair
+            text, *files = (pair[key] for key in PAIR)
+            "".join([text, *files]).encode()  # all text, and no half of a surrogate pair
         except (ValueError, KeyError, TypeError):
-            keys = '"instruction", "source", "target"'
-            raise InputError(f"{path} line {number} must be JSON with {keys}") from None
-        source, _ = read_picture(folder / parts[1], size)
+            raise InputError(f"{path} line {number} must be JSON with {PAIR}") from None
+        source, _ = read_picture(folder / files[0], size)
         size = source.shape[:2]
-        target, _ = read_picture(folder / parts[2], size)
+        target, _ = read_picture(folder / files[1], size)
         if (source != target).any():
-            texts.append(parts[0])
+            texts.append(text)
             images.append((source, target))
     if not texts:
         raise InputError(f"{folder}: no pair of images differs")
@@ -526,8 +517,8 @@ def sample_batch(
     edits, hidden = (BASE_EDITS, BASE_HIDDEN) if variant == "base" else (1.0, 0.0)
     is_edit = rand(batch, 1) < edits
     words = torch.where(is_edit & (rand(batch, 1) >= hidden), words, codec.no_word)
-    shown = source + len(codec.palette)
-    shown = torch.where(is_edit & (rand(batch, 1) >= hidden), shown, codec.no_image)
+    shown = is_edit & (rand(batch, 1) >= hidden)
+    shown = torch.where(shown, source + len(codec.palette), codec.no_image)
     if variant == "base":
         captioned = ~is_edit & (rand(batch, 1) >= hidden)
         words = torch.where(captioned, pool.caption[rows], words)
@@ -556,15 +547,13 @@ def sample_batch(
 
 @torch.no_grad()
 def two_phase(
-    denoiser, tokens: Tensor, editable: Tensor, history: HistoryReference,
-    mask_steps: int = 8, reveal_steps: int = 8,
-) -> Tensor:  # fmt: skip
+    denoiser, tokens: Tensor, history: HistoryReference, mask_steps: int = 8, reveal_steps: int = 8
+) -> Tensor:
     """The paper's image decoding: re-mask only, then reveal only by MaskGIT's cosine schedule.
 
-    denoiser: input embeddings -> logits.  tokens: int64 [B, N].  editable: bool [N].  Returns
-    the trace, int64 [turns + 1, B, N], the last without MASK.  Each row changes phase in the turn
-    that finds nothing more to re-mask, or after mask_steps, so that its result does not depend on
-    its batch.  The baselines have no first phase.
+    denoiser: input embeddings -> logits.  tokens: int64 [B, P].  Returns the trace, int64
+    [turns + 1, B, P], the last without MASK.  Each row changes phase in the turn that finds nothing
+    more to re-mask, or after mask_steps, so that its result does not depend on its batch.
     """
     reveals = torch.zeros(len(tokens), 1, dtype=torch.long, device=tokens.device)  # in phase 2
     total = reveals  # masks at the start of phase 2
@@ -573,18 +562,18 @@ def two_phase(
     for turn in range(mask_steps + reveal_steps):
         logits = denoiser(history.push(tokens))
         masking = (reveals == 0) & (turn < mask_steps)
-        remasked = rm.decide(logits, tokens, MASK, editable & masking, allow_reveal=False)
-        masking = masking & (remasked != tokens).any(-1, keepdim=True)
+        remasked = rm.decide(logits, tokens, MASK, masking, allow_reveal=False)
+        masking = (remasked != tokens).any(-1, keepdim=True)
 
         masks = (remasked == MASK).sum(-1, keepdim=True)
-        total = torch.where(reveals == 0, masks, total)
+        total = total.maximum(masks)
         reveals = reveals + ~masking
         # After step s of S a share cos(pi s / 2S) of the masks is left; one at least is revealed.
         left = total * torch.cos(math.pi / 2 * (reveals / reveal_steps))
         count = torch.where(masking, 0, (masks - left.floor().long()).clamp(min=1)).flatten()
-        tokens = rm.decide(logits, remasked, MASK, editable, count, allow_remask=False)
+        tokens = rm.decide(logits, remasked, MASK, reveal=count, allow_remask=False)
         trace.append(tokens)
-        if not masking.any() and not (tokens == MASK).any():
+        if not (tokens == MASK).any():
             break
     return torch.stack(trace)
 
@@ -598,28 +587,27 @@ def edit(
     Returns the forward passes a row and the trace, int64 [turns + 1, B, P], on the CPU; no MASK is
     left at its end.
     """
-    codec, device = model.codec, model.embedding.device
-    source, instruction = source.to(device), instruction.to(device)
+    codec, embedding = model.codec, model.embedding.detach()
+    source, instruction = source.to(embedding.device), instruction.to(embedding.device)
+    prompt = torch.cat([instruction, source + len(codec.palette)], 1)
+    prompt = rms_norm(embedding[prompt])  # as it never changes: without history
+    history = HistoryReference(embedding, model.gamma, model.rotate)
 
-    def denoiser(inputs: Tensor, prompt: Tensor) -> Tensor:
-        inputs = torch.cat([prompt, inputs[:, codec.prompt :]], 1)  # the prompt: no history
-        with rm.mixed_precision(device):
-            return model(inputs).float()
+    def denoiser(target: Tensor, prompt: Tensor) -> Tensor:
+        with rm.mixed_precision(target.device):
+            return model(torch.cat([prompt, target], 1))[:, codec.prompt :].float()
 
-    start = torch.full_like(source, MASK) if decoding == "regenerate" else source
-    tokens = torch.cat([instruction, source + len(codec.palette), start], 1)
-    editable = torch.arange(tokens.shape[1], device=device) >= codec.prompt
-    history = HistoryReference(model.embedding.detach(), model.gamma, model.rotate)
-    prompt = HistoryReference(history.embedding, gamma=0).push(tokens[:, : codec.prompt])
     if decoding == "loop":
-        how = {"max_turns": 16, "editable": editable, "context": {"prompt": prompt}}
-        _, turns, _, trace = rm.revise(denoiser, tokens, MASK, history, trace=True, **how)
-    else:
-        steps = {"mask_steps": 0, "reveal_steps": 16} if decoding == "regenerate" else {}
-        trace = two_phase(partial(denoiser, prompt=prompt), tokens, editable, history, **steps)
-        moved = (trace[1:] != trace[:-1]).any(-1)  # [turns, B]: every turn until a row is done
-        turns = moved.sum(0).clamp(min=1).tolist()
-    return turns, trace[..., codec.prompt :].cpu()
+        how = {"max_turns": 16, "trace": True, "context": {"prompt": prompt}}
+        _, turns, _, trace = rm.revise(denoiser, source, MASK, history, **how)
+        return turns, trace.cpu()
+    denoiser = partial(denoiser, prompt=prompt)
+    if decoding == "two-phase":
+        trace = two_phase(denoiser, source, history)
+    else:  # the baselines: all is revealed anew
+        trace = two_phase(denoiser, torch.full_like(source, MASK), history, reveal_steps=16)
+    moved = (trace[1:] != trace[:-1]).any(-1)  # [turns, B]: every turn until a row is done
+    return moved.sum(0).clamp(min=1).tolist(), trace.cpu()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -778,32 +766,31 @@ def train_variant(
 
 
 def train_all(
-    pool: Pairs, test: Pairs, codec: Codec, folder: Path, device: torch.device,
-    steps: int = 2500, base_steps: int | None = None, history: bool = False, seed: int = 0,
-    compile: bool = False,
+    steps: dict[str, int], pool: Pairs, test: Pairs, codec: Codec, folder: Path,
+    device: torch.device, seed: int = 0, compile: bool = False,
 ) -> dict:  # fmt: skip
-    """The bare command: trains what is not done yet, evaluates every row; a table, a gallery."""
+    """Trains what is not done yet, base first, evaluates every row; a table, a gallery.
+
+    steps: of every variant.
+    """
     pool = Pairs(*(part.to(device) for part in pool[:4]), *pool[4:])
-    steps_of = {"base": base_steps or math.ceil(steps / 5), "sft": steps, "rm": steps}
-    if history:
-        steps_of["history"] = steps
     training = {}
-    for name, most in steps_of.items():
-        training[name] = train_variant(name, pool, codec, folder, most, device, seed, compile)
+    for variant, n in steps.items():
+        training[variant] = train_variant(variant, pool, codec, folder, n, device, seed, compile)
     if not rm.is_main_process():
         return {}
 
     rows = {}
     shown = Pairs(*(part[:10] for part in test))
     columns = {"source": shown.source}
-    for variant in steps_of:
+    for variant in steps:
         model = load_editor(folder / f"{variant}.pt", device)
         for decoding in model.decodings:
             rows[f"{variant}, {decoding}"] = evaluate(model, test, decoding)
         _, trace = edit(model, shown.source, shown.instruction, model.decodings[0])
         if model.decodings == IN_PLACE:
-            remasked = torch.where((trace == MASK).any(0), MASK, shown.source)
-            columns[f"re-masked by {variant}"] = remasked
+            remasked = (trace == MASK).any(0)
+            columns[f"re-masked by {variant}"] = torch.where(remasked, MASK, shown.source)
         columns[variant] = trace[-1]
     print_table(rows)
     draw_strips(folder / "gallery.png", codec, shown.texts, columns | {"target": shown.target})
@@ -861,8 +848,10 @@ def main() -> None:
         else:
             pool, codec = scene_pairs(args.pool, args.seed)
         test = load_test_pairs(args.test, codec, args.n)
-        plan = (args.steps, args.base_steps, args.history, args.seed, args.compile)
-        result = train_all(pool, test, codec, args.out, device, *plan)
+        steps = {"base": args.base_steps or math.ceil(args.steps / 5)}
+        steps |= dict.fromkeys(["sft", "rm"] + ["history"] * args.history, args.steps)
+        plan = (args.out, device, args.seed, args.compile)
+        result = train_all(steps, pool, test, codec, *plan)
     else:
         model = load_editor(args.checkpoint, device)
         decoding = args.decode or model.decodings[0]

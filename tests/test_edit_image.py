@@ -391,7 +391,6 @@ def test_two_phases_follow_the_schedule():
     """A denoiser that doubts 10 of 12 pixels, 7 at first and 3 one turn later, and reveals 2."""
     start = torch.full((1, 12), 3)
     start[0, 10:] = 2
-    everywhere = torch.ones(12, dtype=torch.bool)
 
     def decode(start, *settings):
         turns = itertools.count()
@@ -405,7 +404,7 @@ def test_two_phases_follow_the_schedule():
             return logits
 
         history = image.HistoryReference(torch.randn(4, 8), 0.0, False)
-        trace = image.two_phase(denoiser, start, everywhere, history, *settings)
+        trace = image.two_phase(denoiser, start, history, *settings)
         return trace, (trace == image.MASK).sum(-1).flatten().tolist()
 
     trace, masks = decode(start)
