@@ -54,9 +54,7 @@ PAPER = {  # precision %, coverage %, MAE-RGB, PSNR, SSIM: photographs, not comp
 TRAINING = {"batch_size": 16, "learning_rate": 2e-3, "muon_factor": 3}
 BASE_EDITS = 0.1  # of the base's rows are edits: the paper's base has seen editing, too
 BASE_HIDDEN = 0.1  # of the base's captions, instructions and sources are hidden, each on its own
-LAWFUL = 0.2  # share of RM's rows that follow the paper's law of trajectories
 TEST_SEED = 1_000_000  # of the held-out scenes
-PAIR = ("instruction", "source", "target")  # the keys of a line of pairs.jsonl
 SIDE = 32  # a picture's pixels a side at most: attention costs the square of their product
 
 # ------------------------------------------------------------------------------------------------
@@ -207,8 +205,8 @@ def references(thing: Thing, scene: Scene) -> list[str]:
 def random_edit(rng: random.Random, test: bool = False) -> Edit | None:
     """One edit of a random scene, or None where it does not work out.
 
-    For training no thing is held out.  For test the thing that the edit makes, or removes, is held
-    out and no other, and half of the phrasings are those kept for test.
+    No thing is held out; for test the one that the edit makes or removes is, and half of the
+    phrasings are those kept for test.
     """
     places = PLACES.copy()
     rng.shuffle(places)
@@ -321,6 +319,9 @@ class Codec:
         return table[tokens.cpu()].unflatten(-2, self.size)
 
 
+SCENES = Codec(PALETTE, WORDS, 17, SIZE, SIZE)
+
+
 class Pairs(NamedTuple):
     """n edits as tokens, int64: source, target [n, H * W]; instruction, caption [n, length]."""
 
@@ -332,9 +333,8 @@ class Pairs(NamedTuple):
     labels: list[tuple[str, ...]]  # groups of which the share right is told, too
 
 
-def scene_pairs(number: int, seed: int, test: bool = False) -> tuple[Pairs, Codec]:
-    """Pairs of our own scenes, and their codec; of training instructions words are left out."""
-    codec = Codec(PALETTE, WORDS, 17, SIZE, SIZE)
+def scene_pairs(number: int, seed: int, test: bool = False) -> Pairs:
+    """Pairs of our own scenes, by the codec SCENES; of training instructions words are left out."""
     edits = random_edits(number, seed, test)
     images = np.array([[render(edit.source)[0], render(edit.target)[0]] for edit in edits])
     source, target = (1 + torch.from_numpy(images.astype(np.int64))).unbind(1)
@@ -342,11 +342,10 @@ def scene_pairs(number: int, seed: int, test: bool = False) -> tuple[Pairs, Code
     rng = random.Random(seed)
     texts = [edit.instruction for edit in edits]
     told = texts if test else [leave_words_out(text, rng) for text in texts]
-    instruction = torch.tensor([codec.encode_text(text) for text in told])
-    captions = torch.tensor([codec.encode_text(caption(edit.target, rng)) for edit in edits])
-    phrasing = ("seen phrasing", "unseen phrasing")
-    labels = [(edit.verb, phrasing[edit.unseen_phrase]) for edit in edits]
-    return Pairs(source, target, instruction, captions, texts, labels), codec
+    instruction = torch.tensor([SCENES.encode_text(text) for text in told])
+    captions = torch.tensor([SCENES.encode_text(caption(edit.target, rng)) for edit in edits])
+    labels = [(edit.verb, ("seen", "unseen")[edit.unseen_phrase] + " phrasing") for edit in edits]
+    return Pairs(source, target, instruction, captions, texts, labels)
 
 
 def read_picture(path: Path, size: tuple | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -374,28 +373,24 @@ def read_pairs(
     """The first most pairs of folder/pairs.jsonl, and their codec; prints what they are.
 
     A line: {"instruction": ..., "source": PNG, "target": PNG}; all pictures have one size.  codec:
-    None learns the words and the most frequent colours of the folder.  Pairs without a change are
-    left out.  InputError names file or line.
+    None learns the words and the most frequent colours of the folder.  InputError names the line.
     """
     path = folder / "pairs.jsonl"
-    lines = rm.read_lines(path)[:most]
     texts, images = [], []
     size = codec and codec.size
-    for number, line in lines:
+    for number, line in rm.read_lines(path)[:most]:
         try:
             pair = json.loads(line)
-            text, *files = (pair[key] for key in PAIR)
+            text, *files = (pair[key] for key in ("instruction", "source", "target"))
             "".join([text, *files]).encode()  # all text, and no half of a surrogate pair
         except (ValueError, KeyError, TypeError):
-            raise InputError(f"{path} line {number} must be JSON with {PAIR}") from None
+            keys = '"instruction", "source", "target"'
+            raise InputError(f"{path} line {number} must be JSON with {keys}") from None
         source, _ = read_picture(folder / files[0], size)
         size = source.shape[:2]
         target, _ = read_picture(folder / files[1], size)
-        if (source != target).any():
-            texts.append(text)
-            images.append((source, target))
-    if not texts:
-        raise InputError(f"{folder}: no pair of images differs")
+        texts.append(text)
+        images.append((source, target))
 
     images = np.array(images)  # [n, 2, H, W, 3]
     if codec is None:
@@ -411,31 +406,31 @@ def read_pairs(
 
     if rm.is_main_process():
         nearest = (codec.decode_image(torch.from_numpy(tokens)).numpy() != images).any(-1).sum()
-        print(f"{folder}: {len(texts)} of {len(lines)} pairs show a change; {len(codec.words)} "
-            f"words, {len(codec.palette)} colours ({nearest} pixels by the nearest)")  # fmt: skip
+        print(f"{folder}: {len(texts)} pairs, {len(codec.words)} words, {len(codec.palette)} "
+            f"colours ({nearest} pixels by the nearest)")  # fmt: skip
     return Pairs(source, target, instruction, nothing, texts, [()] * len(texts)), codec
 
 
-def load_test_pairs(folder: Path | None, codec: Codec, most: int, seed: int = 0) -> Pairs:
-    """Of a folder, else held-out scenes.  InputError: the codec, a model's, is not of scenes."""
+def load_pairs(
+    folder: Path | None, most: int, seed: int, codec: Codec | None = None
+) -> tuple[Pairs, Codec]:
+    """Of a folder, else our own scenes; codec, a model's: to test it, so held-out ones."""
     if folder:
-        return read_pairs(folder, codec, most)[0]
-    pairs, ours = scene_pairs(most, TEST_SEED + seed, test=True)
-    if ours != codec:
+        return read_pairs(folder, codec, most)
+    if codec not in (None, SCENES):
         raise InputError("the model knows other pictures than our scenes: give --test DIR")
-    return pairs
+    return scene_pairs(most, seed, test=codec is not None), SCENES
 
 
 # ------------------------------------------------------------------------------------------------
-# The network
+# The network and what it is trained on
 
 
 class Editor(MaskDiffusionTransformer):
     """The project's transformer on [instruction | source | target], the source under the target.
 
-    Its logits, [B, length + 2 * H * W, V], are real at the target for MASK and the palette, and
-    -10,000 elsewhere, so that nothing else is revealed.  A position's coordinates: row, column,
-    block of 4x4 pixels, and whether it is a word.
+    Its logits, [B, length + 2 * H * W, V], are real at the target for MASK and the palette, -10,000
+    elsewhere.  A position's coordinates: row, column, block of 4x4 pixels, and whether it is a word.
     """
 
     def __init__(self, codec: Codec, variant: str):
@@ -469,21 +464,16 @@ def load_editor(path: Path, device: torch.device, variant: str | None = None) ->
     return editor.eval()
 
 
-# ------------------------------------------------------------------------------------------------
-# Training states
-
-
 def revision_states(
     source: Tensor, target: Tensor, generator: torch.Generator, T: int = 6
 ) -> tuple[Tensor, Tensor]:
     """Trajectories from source to target, int64 [T+1, B, P], and the turn to train on, int64 [B].
 
-    The wrong token is the source's wherever it differs from the target's.  Some rows (LAWFUL)
-    follow the paper's law, every pixel on its own clock.  The others are what decoding looks like:
-    the whole edit is re-masked in turn 1 (a tenth of its pixels in turn 2), then revealed piece by
-    piece; half of them stand at turn 0, where nothing tells yet where the edit will be, a third at
-    turn 1.  In 40 % of all rows pixels outside the edit are masked, too, so that the model can put
-    back what it masked without need.
+    The wrong token is the source's.  A fifth of the rows follow the paper's law, every pixel on its
+    own clock.  The others are what decoding looks like: the whole edit is re-masked in turn 1 (a
+    tenth of its pixels in turn 2), then revealed piece by piece; half of them stand at turn 0,
+    where nothing tells yet where the edit will be, a third at turn 1.  In 40 % of all rows pixels
+    outside the edit are masked, too, so that the model can put back what it masked without need.
     """
     rand = partial(torch.rand, generator=generator, device=source.device)
     batch = len(source)
@@ -499,7 +489,7 @@ def revision_states(
     states = torch.where(step < masked, source, torch.where(step < revealed, MASK, target))
     states = torch.where(changed, states, target)
 
-    lawful = rand(batch, 1) < LAWFUL
+    lawful = rand(batch, 1) < 0.2
     turn = (rand(batch) * T).long()  # ~ U{0..T-1}
     choice = rand(batch)
     usual = torch.where(choice < 0.5, 0, torch.where(choice < 0.83, 1, turn))
@@ -584,8 +574,7 @@ def edit(
 ) -> tuple[list[int], Tensor]:
     """Edits source, int64 [B, P], by instruction, int64 [B, length], with one of model.decodings.
 
-    Returns the forward passes a row and the trace, int64 [turns + 1, B, P], on the CPU; no MASK is
-    left at its end.
+    Returns the forward passes a row and the trace, int64 [turns + 1, B, P], on the CPU.
     """
     codec, embedding = model.codec, model.embedding.detach()
     source, instruction = source.to(embedding.device), instruction.to(embedding.device)
@@ -593,7 +582,7 @@ def edit(
     prompt = rms_norm(embedding[prompt])  # as it never changes: without history
     history = HistoryReference(embedding, model.gamma, model.rotate)
 
-    def denoiser(target: Tensor, prompt: Tensor) -> Tensor:
+    def denoiser(target: Tensor, prompt: Tensor = prompt) -> Tensor:
         with rm.mixed_precision(target.device):
             return model(torch.cat([prompt, target], 1))[:, codec.prompt :].float()
 
@@ -601,7 +590,6 @@ def edit(
         how = {"max_turns": 16, "trace": True, "context": {"prompt": prompt}}
         _, turns, _, trace = rm.revise(denoiser, source, MASK, history, **how)
         return turns, trace.cpu()
-    denoiser = partial(denoiser, prompt=prompt)
     if decoding == "two-phase":
         trace = two_phase(denoiser, source, history)
     else:  # the baselines: all is revealed anew
@@ -738,7 +726,7 @@ def edit_file(model: Editor, path: Path, instruction: str, out: Path, decoding: 
 
 
 # ------------------------------------------------------------------------------------------------
-# Training
+# Training and the command line
 
 
 def train_variant(
@@ -769,10 +757,7 @@ def train_all(
     steps: dict[str, int], pool: Pairs, test: Pairs, codec: Codec, folder: Path,
     device: torch.device, seed: int = 0, compile: bool = False,
 ) -> dict:  # fmt: skip
-    """Trains what is not done yet, base first, evaluates every row; a table, a gallery.
-
-    steps: of every variant.
-    """
+    """Trains what is not done yet, base first, evaluates all; a table, a gallery.  steps: of each."""
     pool = Pairs(*(part.to(device) for part in pool[:4]), *pool[4:])
     training = {}
     for variant, n in steps.items():
@@ -797,10 +782,6 @@ def train_all(
     result = {"rows": rows, "paper": PAPER, "training": training, "provenance": rm.provenance()}
     rm.write_json(folder / "table.json", result)
     return result
-
-
-# ------------------------------------------------------------------------------------------------
-# The command line
 
 
 def parse_arguments():
@@ -843,15 +824,11 @@ def main() -> None:
     args = parse_arguments()
     device = rm.start_device(args.device)
     if args.mode == "train":
-        if args.pairs:
-            pool, codec = read_pairs(args.pairs, most=args.pool)
-        else:
-            pool, codec = scene_pairs(args.pool, args.seed)
-        test = load_test_pairs(args.test, codec, args.n)
+        pool, codec = load_pairs(args.pairs, args.pool, args.seed)
+        test, _ = load_pairs(args.test, args.n, TEST_SEED, codec)
         steps = {"base": args.base_steps or math.ceil(args.steps / 5)}
         steps |= dict.fromkeys(["sft", "rm"] + ["history"] * args.history, args.steps)
-        plan = (args.out, device, args.seed, args.compile)
-        result = train_all(steps, pool, test, codec, *plan)
+        result = train_all(steps, pool, test, codec, args.out, device, args.seed, args.compile)
     else:
         model = load_editor(args.checkpoint, device)
         decoding = args.decode or model.decodings[0]
@@ -860,7 +837,7 @@ def main() -> None:
     if args.mode == "image":
         result = edit_file(model, args.image, args.instruction, args.out, decoding)
     if args.mode == "evaluate":
-        test = load_test_pairs(args.test, model.codec, args.n, args.seed)
+        test, _ = load_pairs(args.test, args.n, TEST_SEED + args.seed, model.codec)
         result = evaluate(model, test, decoding)
         print_table({f"{model.variant}, {decoding}": result})
         result |= {"seed": args.seed, "provenance": rm.provenance()}
