@@ -319,9 +319,6 @@ class Codec:
         return table[tokens.cpu()].unflatten(-2, self.size)
 
 
-SCENES = Codec(PALETTE, WORDS, 17, SIZE, SIZE)
-
-
 class Pairs(NamedTuple):
     """n edits as tokens, int64: source, target [n, H * W]; instruction, caption [n, length]."""
 
@@ -331,10 +328,12 @@ class Pairs(NamedTuple):
     caption: Tensor  # of the target; all "no word" where there is none
     texts: list[str]
     labels: list[tuple[str, ...]]  # groups of which the share right is told, too
+    codec: Codec
 
 
 def scene_pairs(number: int, seed: int, test: bool = False) -> Pairs:
-    """Pairs of our own scenes, by the codec SCENES; of training instructions words are left out."""
+    """Pairs of our own scenes; of training instructions words are left out."""
+    codec = Codec(PALETTE, WORDS, 17, SIZE, SIZE)
     edits = random_edits(number, seed, test)
     images = np.array([[render(edit.source)[0], render(edit.target)[0]] for edit in edits])
     source, target = (1 + torch.from_numpy(images.astype(np.int64))).unbind(1)
@@ -342,10 +341,10 @@ def scene_pairs(number: int, seed: int, test: bool = False) -> Pairs:
     rng = random.Random(seed)
     texts = [edit.instruction for edit in edits]
     told = texts if test else [leave_words_out(text, rng) for text in texts]
-    instruction = torch.tensor([SCENES.encode_text(text) for text in told])
-    captions = torch.tensor([SCENES.encode_text(caption(edit.target, rng)) for edit in edits])
+    instruction = torch.tensor([codec.encode_text(text) for text in told])
+    captions = torch.tensor([codec.encode_text(caption(edit.target, rng)) for edit in edits])
     labels = [(edit.verb, ("seen", "unseen")[edit.unseen_phrase] + " phrasing") for edit in edits]
-    return Pairs(source, target, instruction, captions, texts, labels)
+    return Pairs(source, target, instruction, captions, texts, labels, codec)
 
 
 def read_picture(path: Path, size: tuple | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -367,10 +366,8 @@ def read_picture(path: Path, size: tuple | None = None) -> tuple[np.ndarray, np.
     return np.asarray(Image.alpha_composite(white, image).convert("RGB")), np.asarray(image)
 
 
-def read_pairs(
-    folder: Path, codec: Codec | None = None, most: int | None = None, colours: int = 512
-) -> tuple[Pairs, Codec]:
-    """The first most pairs of folder/pairs.jsonl, and their codec; prints what they are.
+def read_pairs(folder: Path, most: int, codec: Codec | None = None, colours: int = 512) -> Pairs:
+    """The first most pairs of folder/pairs.jsonl; prints what they are.
 
     A line: {"instruction": ..., "source": PNG, "target": PNG}; all pictures have one size.  codec:
     None learns the words and the most frequent colours of the folder.  InputError names the line.
@@ -408,18 +405,17 @@ def read_pairs(
         nearest = (codec.decode_image(torch.from_numpy(tokens)).numpy() != images).any(-1).sum()
         print(f"{folder}: {len(texts)} pairs, {len(codec.words)} words, {len(codec.palette)} "
             f"colours ({nearest} pixels by the nearest)")  # fmt: skip
-    return Pairs(source, target, instruction, nothing, texts, [()] * len(texts)), codec
+    return Pairs(source, target, instruction, nothing, texts, [()] * len(texts), codec)
 
 
-def load_pairs(
-    folder: Path | None, most: int, seed: int, codec: Codec | None = None
-) -> tuple[Pairs, Codec]:
+def load_pairs(folder: Path | None, most: int, seed: int, codec: Codec | None = None) -> Pairs:
     """Of a folder, else our own scenes; codec, a model's: to test it, so held-out ones."""
     if folder:
-        return read_pairs(folder, codec, most)
-    if codec not in (None, SCENES):
+        return read_pairs(folder, most, codec)
+    pairs = scene_pairs(most, seed, test=codec is not None)
+    if codec not in (None, pairs.codec):
         raise InputError("the model knows other pictures than our scenes: give --test DIR")
-    return scene_pairs(most, seed, test=codec is not None), SCENES
+    return pairs
 
 
 # ------------------------------------------------------------------------------------------------
@@ -496,11 +492,9 @@ def revision_states(
     return torch.where(lawful, law, states), torch.where(lawful[:, 0], turn, usual)
 
 
-def sample_batch(
-    batch: int, generator: torch.Generator, pool: Pairs, codec: Codec, variant: str
-) -> rm.Batch:
+def sample_batch(batch: int, generator: torch.Generator, pool: Pairs, variant: str) -> rm.Batch:
     """A batch for rm.train.  States [K, batch, N]; the prompt is ABSENT in all but the last."""
-    device = pool.source.device
+    codec, device = pool.codec, pool.source.device
     rand = partial(torch.rand, generator=generator, device=device)
     rows = torch.randint(len(pool.source), (batch,), generator=generator, device=device)
     source, target, words = pool.source[rows], pool.target[rows], pool.instruction[rows]
@@ -730,13 +724,14 @@ def edit_file(model: Editor, path: Path, instruction: str, out: Path, decoding: 
 
 
 def train_variant(
-    variant: str, pool: Pairs, codec: Codec, folder: Path, steps: int,
-    device: torch.device, seed: int = 0, compile: bool = False,
+    variant: str, pool: Pairs, folder: Path, steps: int, device: torch.device,
+    seed: int = 0, compile: bool = False,
 ) -> dict:  # fmt: skip
     """Trains a variant, goes on with it, or reads its record; writes <variant>.pt and .json."""
-    data = rm.fingerprint(json.dumps(asdict(codec)), *pool[:4])
+    codec = asdict(pool.codec)
+    data = rm.fingerprint(json.dumps(codec), *pool[:4])
     torch.manual_seed(seed)
-    model = Editor(codec, variant).to(device)
+    model = Editor(pool.codec, variant).to(device)
     if variant != "base":
         model = load_editor(folder / "base.pt", device, variant)  # all others start from it
     base = rm.fingerprint(*model.state_dict().values())
@@ -744,41 +739,42 @@ def train_variant(
     if run.record:
         return run.record
 
-    sample = partial(sample_batch, pool=pool, codec=codec, variant=variant)
+    sample = partial(sample_batch, pool=pool, variant=variant)
     how = {**TRAINING, "gamma": model.gamma, "rotate": model.rotate, "compile": compile}
     every = max(1, steps // 20)
     for step, stats in rm.train(model, sample, steps, MASK, seed=seed, **how, **run.files(every)):
         if step % every == 0 or step == steps:
             run.show(step, steps, stats, scores={})
-    return run.finish(model, "image", codec=asdict(codec), variant=variant, **how)
+    return run.finish(model, "image", codec=codec, variant=variant, **how)
 
 
 def train_all(
-    steps: dict[str, int], pool: Pairs, test: Pairs, codec: Codec, folder: Path,
-    device: torch.device, seed: int = 0, compile: bool = False,
+    steps: dict[str, int], pool: Pairs, test: Pairs, folder: Path, device: torch.device,
+    seed: int = 0, compile: bool = False,
 ) -> dict:  # fmt: skip
     """Trains what is not done yet, base first, evaluates all; a table, a gallery.  steps: of each."""
     pool = Pairs(*(part.to(device) for part in pool[:4]), *pool[4:])
     training = {}
     for variant, n in steps.items():
-        training[variant] = train_variant(variant, pool, codec, folder, n, device, seed, compile)
+        training[variant] = train_variant(variant, pool, folder, n, device, seed, compile)
     if not rm.is_main_process():
         return {}
 
     rows = {}
-    shown = Pairs(*(part[:10] for part in test))
-    columns = {"source": shown.source}
+    source = test.source[:10]
+    columns = {"source": source}
     for variant in steps:
         model = load_editor(folder / f"{variant}.pt", device)
         for decoding in model.decodings:
             rows[f"{variant}, {decoding}"] = evaluate(model, test, decoding)
-        _, trace = edit(model, shown.source, shown.instruction, model.decodings[0])
+        _, trace = edit(model, source, test.instruction[:10], model.decodings[0])
         if model.decodings == IN_PLACE:
             remasked = (trace == MASK).any(0)
-            columns[f"re-masked by {variant}"] = torch.where(remasked, MASK, shown.source)
+            columns[f"re-masked by {variant}"] = torch.where(remasked, MASK, source)
         columns[variant] = trace[-1]
     print_table(rows)
-    draw_strips(folder / "gallery.png", codec, shown.texts, columns | {"target": shown.target})
+    columns["target"] = test.target[:10]
+    draw_strips(folder / "gallery.png", test.codec, test.texts[:10], columns)
     result = {"rows": rows, "paper": PAPER, "training": training, "provenance": rm.provenance()}
     rm.write_json(folder / "table.json", result)
     return result
@@ -824,11 +820,11 @@ def main() -> None:
     args = parse_arguments()
     device = rm.start_device(args.device)
     if args.mode == "train":
-        pool, codec = load_pairs(args.pairs, args.pool, args.seed)
-        test, _ = load_pairs(args.test, args.n, TEST_SEED, codec)
+        pool = load_pairs(args.pairs, args.pool, args.seed)
+        test = load_pairs(args.test, args.n, TEST_SEED, pool.codec)
         steps = {"base": args.base_steps or math.ceil(args.steps / 5)}
         steps |= dict.fromkeys(["sft", "rm"] + ["history"] * args.history, args.steps)
-        result = train_all(steps, pool, test, codec, args.out, device, args.seed, args.compile)
+        result = train_all(steps, pool, test, args.out, device, args.seed, args.compile)
     else:
         model = load_editor(args.checkpoint, device)
         decoding = args.decode or model.decodings[0]
@@ -837,7 +833,7 @@ def main() -> None:
     if args.mode == "image":
         result = edit_file(model, args.image, args.instruction, args.out, decoding)
     if args.mode == "evaluate":
-        test, _ = load_pairs(args.test, args.n, TEST_SEED + args.seed, model.codec)
+        test = load_pairs(args.test, args.n, TEST_SEED + args.seed, model.codec)
         result = evaluate(model, test, decoding)
         print_table({f"{model.variant}, {decoding}": result})
         result |= {"seed": args.seed, "provenance": rm.provenance()}

@@ -49,7 +49,7 @@ def test_pictures_are_the_scenes():
     assert len(set(map(tuple, image.PALETTE))) == 31  # equal token, equal colour
     assert image.PALETTE[12] == [214, 46, 46] and image.PALETTE[-1] == [24, 92, 44]  # red, stalk
     pairs = image.scene_pairs(40, seed=5)
-    sources, targets = (image.SCENES.decode_image(t).tolist() for t in (pairs.source, pairs.target))
+    sources, targets = (pairs.codec.decode_image(t).tolist() for t in (pairs.source, pairs.target))
     for i, edit in enumerate(TRAIN[:40]):
         assert sources[i] == paint_by_hand(edit.source) != targets[i]
         assert targets[i] == paint_by_hand(edit.target)
@@ -200,7 +200,8 @@ def test_palette_and_words_come_from_the_folder(tmp_path, capsys):
     texts = ("Make it red.", "make it black, please")
     pictures = ((black, red), (red, black))
     folder = write_pairs(tmp_path / "a", [(t, *p) for t, p in zip(texts, pictures)])
-    pairs, codec = image.read_pairs(folder)
+    pairs = image.read_pairs(folder, 10)
+    codec = pairs.codec
     assert "2 pairs, 5 words, 2 colours (0 pixels" in capsys.readouterr().out
     assert codec.palette == [[0, 0, 0], [200, 0, 0]] and codec.length == 6
     assert codec.words == ["black", "it", "make", "please", "red"]
@@ -212,8 +213,8 @@ def test_palette_and_words_come_from_the_folder(tmp_path, capsys):
     assert codec.encode_image(picture)[:3].tolist() == [1, 2, 1]
     spotted = red.copy()
     spotted[0, :5] = [(i, 0, 0) for i in range(1, 6)]  # five rare colours
-    _, few = image.read_pairs(write_pairs(tmp_path / "b", [("go", black, spotted)]), colours=2)
-    assert few.palette == codec.palette
+    other = write_pairs(tmp_path / "b", [("go", black, spotted)])
+    assert image.read_pairs(other, 10, colours=2).codec.palette == codec.palette
     assert "2 colours (5 pixels by the nearest)" in capsys.readouterr().out
 
 
@@ -240,7 +241,7 @@ def test_faulty_folders_are_named(content, message, tmp_path):
         folder.mkdir()
         (folder / "pairs.jsonl").write_text(content)
     with pytest.raises(image.InputError, match=message):
-        image.read_pairs(folder)
+        image.read_pairs(folder, 10)
 
 
 def test_sixteen_bit_grey_is_scaled(tmp_path):
@@ -271,7 +272,7 @@ def small_pairs(codec, n=6, seed=0):
     generator = torch.Generator().manual_seed(seed)
     source, target = torch.randint(1, 5, (2, n, codec.pixels), generator=generator)
     words = torch.tensor([codec.encode_text("make red")] * n)
-    return image.Pairs(source, target, words, words, ["make red"] * n, [()] * n)
+    return image.Pairs(source, target, words, words, ["make red"] * n, [()] * n, codec)
 
 
 def test_only_the_palette_and_mask_can_be_chosen_and_the_source_is_read():
@@ -330,7 +331,7 @@ def test_batches_of_every_variant(variant):
     told = codec.no_word + 3
     pool = small_pairs(codec, 50)
     pool = pool._replace(caption=torch.full_like(pool.caption, told))
-    states, clean, editable = image.sample_batch(600, generator, pool, codec, variant)
+    states, clean, editable = image.sample_batch(600, generator, pool, variant)
     words, shown, now = states[-1].split([3, 16, 16], -1)
     assert (states[:-1, :, : codec.prompt] == ABSENT).all()
     assert (len(states) > 1) == (variant in ("rm", "history"))
