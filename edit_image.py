@@ -94,38 +94,33 @@ PLACES = [(depth, column) for depth in BOTTOM for column in CENTRE]
 VISIBLE = 0.6  # of every thing at least this share shows, so that the rest can be inferred
 NAMES = {*SPRITES, *COLOURS, *BOTTOM, *CENTRE, "big", "small"}
 LEFT_OUT = 0.15  # each other word of a training instruction, with this probability
-SEEN = {  # for training, and half of the test; "a/b" stands for one phrasing with a and one with b
+PATTERNS = {  # "a/b" stands for one phrasing with a and one with b; after | those kept for test
     "recolour": "make/paint/turn/dye {it} {colour}; please make/paint/dye {it} {colour}; "
     "turn/set/dye {it} to {colour}; {it} should be/become/turn {colour}; "
     "change/set/turn the colour of {it} to {colour}; the colour of {it} should be {colour}; "
-    "{colour} should be the colour of {it}; to {colour} turn/set {it}",
+    "{colour} should be the colour of {it}; to {colour} turn/set {it} | "
+    "colour {it} {colour}; change {it} to {colour}; to {colour} change the colour of {it}",
     "add": "add/put/draw/place {new} at the {place}; please add/put/draw {new} at the {place}; "
     "at the {place} put/draw/place {new}; there should be {new} at the {place}; "
     "{new} should be/appear at the {place}; at the {place} please put/draw {new}; "
-    "at the {place} should appear {new}",
+    "at the {place} should appear {new} | at the {place} add {new}; "
+    "at the {place} there should be {new}; {new} there should be at the {place}",
     "remove": "remove/delete/erase/drop {it}; please remove/delete/erase {it}; "
     "delete/erase/take/drop {it} from the picture; take/drop/put {it} away; put/drop away {it}; "
     "{it} should disappear/go; away with {it}; from the picture remove/delete/take {it}; "
-    "there should be no more {it}",
+    "there should be no more {it} | "
+    "remove {it} from the picture; take away {it}; from the picture drop {it}",
     "move": "move/bring/shift/carry {it} to the {place}; "
     "please move/bring/shift {it} to the {place}; to the {place} bring/shift/carry {it}; "
     "put/place {it} at the {place}; {it} should be at the {place}; "
     "{it} should go/shift/come to the {place}; to the {place} please shift/bring {it}; "
-    "to the {place} should go/come {it}",
+    "to the {place} should go/come {it} | to the {place} move {it}; "
+    "{it} should move to the {place}; please carry {it} to the {place}",
     "replace": "replace/exchange {it} by {new}; swap/exchange/trade {it} for {new}; "
     "turn/change/make {it} into {new}; instead of {it} draw/add/place {new}; "
-    "put/draw {new} instead of {it}; please replace/exchange {it} by {new}; "
-    "{it} should become/be {new}; instead of {it} there should be {new}; for {it} swap/draw {new}",
-}
-UNSEEN = {  # kept for test, of words that training knows; each third was chosen before any result
-    "recolour": "colour {it} {colour}; change {it} to {colour}; "
-    "to {colour} change the colour of {it}",
-    "add": "at the {place} add {new}; at the {place} there should be {new}; "
-    "{new} there should be at the {place}",
-    "remove": "remove {it} from the picture; take away {it}; from the picture drop {it}",
-    "move": "to the {place} move {it}; {it} should move to the {place}; "
-    "please carry {it} to the {place}",
-    "replace": "instead of {it} put {new}; change {it} for {new}; draw {new} for {it}",
+    "put/draw {new} instead of {it}; please replace/exchange {it} by {new}; {it} should become/be "
+    "{new}; instead of {it} there should be {new}; for {it} swap/draw {new} | "
+    "instead of {it} put {new}; change {it} for {new}; draw {new} for {it}",
 }
 
 
@@ -211,7 +206,7 @@ def random_edit(rng: random.Random, test: bool = False) -> Edit | None:
     places = PLACES.copy()
     rng.shuffle(places)
     number = rng.randint(2, 4)
-    verb = rng.choice(list(SEEN))
+    verb = rng.choice(list(PATTERNS))
     things = tuple(random_thing(rng, *place) for place in places[:number])
     source = Scene(rng.choice(SKIES), rng.choice(GROUNDS), things)
 
@@ -226,7 +221,7 @@ def random_edit(rng: random.Random, test: bool = False) -> Edit | None:
         empty = [p for p in places[number:] if (p[0] == "top") == (old.depth == "top")]
         if not empty:
             return None
-        new = old._replace(depth=empty[0][0], column=empty[0][1])
+        new = Thing(*old[:3], *empty[0])
     target = source._replace(things=tuple(t for t in (*things, new) if t not in (old, None)))
 
     focus = new or old
@@ -265,7 +260,7 @@ def caption(scene: Scene, rng: random.Random) -> str:
     return " ".join([scene.sky, scene.ground, *(" ".join(thing) for thing in named)])
 
 
-PHRASES = {verb: (phrasings(SEEN[verb]), phrasings(UNSEEN[verb])) for verb in SEEN}  # by unseen
+PHRASES = {verb: [*map(phrasings, text.split("|"))] for verb, text in PATTERNS.items()}
 WORDS = {word for texts, _ in PHRASES.values() for text in texts for word in text.split()}
 WORDS = sorted({word for word in WORDS if "{" not in word} | NAMES | {"a", *SKIES, *GROUNDS})
 
@@ -363,7 +358,7 @@ def read_picture(path: Path, size: tuple | None = None) -> tuple[np.ndarray, np.
         wanted = f"{size[1]}x{size[0]}" if size else f"{SIDE}x{SIDE} at most"
         raise InputError(f"{path} is {image.width}x{image.height} pixels, it must be {wanted}")
     white = Image.new("RGBA", image.size, "white")
-    return np.asarray(Image.alpha_composite(white, image).convert("RGB")), np.asarray(image)
+    return np.asarray(Image.alpha_composite(white, image).convert("RGB")), np.array(image)
 
 
 def read_pairs(folder: Path, most: int, codec: Codec | None = None, colours: int = 512) -> Pairs:
@@ -397,12 +392,13 @@ def read_pairs(folder: Path, most: int, codec: Codec | None = None, colours: int
         length = max(map(len, words)) + 2
         codec = Codec(palette[frequent].tolist(), sorted(set().union(*words)), length, *size)
     tokens = np.array([[codec.encode_image(image) for image in both] for both in images])
-    source, target = torch.from_numpy(tokens).unbind(1)
+    tokens = torch.from_numpy(tokens)
+    source, target = tokens.unbind(1)
     instruction = torch.tensor([codec.encode_text(text, f"{path}: {text!r}") for text in texts])
     nothing = torch.full_like(instruction, codec.no_word)
 
     if rm.is_main_process():
-        nearest = (codec.decode_image(torch.from_numpy(tokens)).numpy() != images).any(-1).sum()
+        nearest = (codec.decode_image(tokens).numpy() != images).any(-1).sum()
         print(f"{folder}: {len(texts)} pairs, {len(codec.words)} words, {len(codec.palette)} "
             f"colours ({nearest} pixels by the nearest)")  # fmt: skip
     return Pairs(source, target, instruction, nothing, texts, [()] * len(texts), codec)
@@ -615,18 +611,17 @@ def measure(edited: Tensor, source: Tensor, target: Tensor) -> dict[str, Tensor]
     """The paper's metrics of uint8 images [n, H, W, 3]: float64 [n] each, NaN where undefined.
 
     The region is where source and target differ.  precision: share of the changed pixels that lie
-    in it (NaN: nothing changed).  coverage: share of the region that changed.  mae, psnr, ssim:
-    edited against source outside the region (inside ssim reads the source); psnr is infinite where
-    they are equal; all three are NaN where the region is the whole image.
+    in it.  coverage: share of the region that changed.  mae, psnr, ssim: edited against source
+    outside the region (inside ssim reads the source); psnr is infinite where they are equal.
     """
     region = (source != target).any(-1)
     changed = (edited != source).any(-1)
     hits = (changed & region).sum((1, 2)).double()
     pixels = (~region).sum((1, 2)).double()
-    error = (edited.double() - source.double()) * ~region.unsqueeze(-1)
+    outside = torch.where(region.unsqueeze(-1), source, edited).double()
+    error = outside - source.double()
     mse = error.square().sum((1, 2, 3)) / (3 * pixels)
-    kept = torch.where(region.unsqueeze(-1), source, edited)
-    similarity = structural_similarity(kept.double(), source.double())
+    similarity = structural_similarity(outside, source.double())
     return {
         "precision": hits / changed.sum((1, 2)),
         "coverage": hits / region.sum((1, 2)),
@@ -642,9 +637,9 @@ def share_exact(right: list[bool]) -> dict:
 
 
 def evaluate(model: Editor, pairs: Pairs, decoding: str, chunk: int = 100) -> dict:
-    """Shares right, of all and by label; means of the metrics, of psnr the median; passes.
+    """Shares right, of all and by label; passes; means of the metrics, of psnr the median.
 
-    "inf" and "nan" are text, as JSON has no such numbers.
+    JSON has no inf and nan: these are text.
     """
     turns, edited = [], []
     for source, instruction in zip(pairs.source.split(chunk), pairs.instruction.split(chunk)):
@@ -702,16 +697,15 @@ def edit_file(model: Editor, path: Path, instruction: str, out: Path, decoding: 
     A pixel that the model leaves alone is copied, with its transparency.  Raises InputError.
     """
     codec = model.codec
-    picture, original = read_picture(path, codec.size)
+    opaque, picture = read_picture(path, codec.size)
     words = torch.tensor([codec.encode_text(instruction)])
-    source = torch.from_numpy(codec.encode_image(picture)).unsqueeze(0)
+    source = torch.from_numpy(codec.encode_image(opaque)).unsqueeze(0)
     (turns,), trace = edit(model, source, words, decoding)
 
     changed = (trace[-1] != source).view(codec.size).numpy()
-    edited = original.copy()
-    edited[changed, :3] = codec.decode_image(trace[-1, 0]).numpy()[changed]
-    edited[changed, 3] = 255
-    rm.replace_file(out, lambda file: Image.fromarray(edited).save(file, "PNG"))
+    picture[changed, :3] = codec.decode_image(trace[-1, 0]).numpy()[changed]
+    picture[changed, 3] = 255
+    rm.replace_file(out, lambda file: Image.fromarray(picture).save(file, "PNG"))
     print(f"wrote {out}")
     columns = {f"turn {turn}": state for turn, state in enumerate(trace)}
     draw_strips(out.with_name(f"{out.stem}_turns.png"), codec, [instruction], columns)

@@ -108,7 +108,7 @@ def test_instructions_parse_back_to_the_edit():
         verb, things = understand(edit.instruction, edit.source)
         assert (verb, sorted(things)) == (edit.verb, sorted(edit.target.things)), edit.instruction
         assert (edit.target.sky, edit.target.ground) == (edit.source.sky, edit.source.ground)
-    assert {edit.verb for edit in TEST} == set(image.SEEN)
+    assert {edit.verb for edit in TEST} == set(image.PATTERNS)
 
 
 def test_training_leaves_words_out_of_instructions_but_never_a_name():
