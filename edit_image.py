@@ -93,7 +93,6 @@ CENTRE = {"left": 3, "middle": 8, "right": 12}
 PLACES = [(depth, column) for depth in BOTTOM for column in CENTRE]
 VISIBLE = 0.6  # of every thing at least this share shows, so that the rest can be inferred
 NAMES = {*SPRITES, *COLOURS, *BOTTOM, *CENTRE, "big", "small"}
-LEFT_OUT = 0.15  # each other word of a training instruction, with this probability
 PATTERNS = {  # "a/b" stands for one phrasing with a and one with b; after | those kept for test
     "recolour": "make/paint/turn/dye {it} {colour}; please make/paint/dye {it} {colour}; "
     "turn/set/dye {it} to {colour}; {it} should be/become/turn {colour}; "
@@ -251,7 +250,7 @@ def random_edits(number: int, seed: int, test: bool = False) -> list[Edit]:
 
 def leave_words_out(text: str, rng: random.Random) -> str:
     """For training, so that what is to be done hangs on no single word ("change", "into")."""
-    return " ".join(word for word in text.split() if word in NAMES or rng.random() >= LEFT_OUT)
+    return " ".join(word for word in text.split() if word in NAMES or rng.random() >= 0.15)
 
 
 def caption(scene: Scene, rng: random.Random) -> str:
@@ -445,11 +444,11 @@ class Editor(MaskDiffusionTransformer):
         return F.pad(logits, (0, rest, words + pixels, 0), value=-1e4)
 
 
-def load_editor(path: Path, device: torch.device, variant: str | None = None) -> Editor:
-    """The model of a checkpoint; variant: to train as another one from here.  InputError."""
+def load_editor(path: Path, device: torch.device) -> Editor:
+    """The model of a checkpoint.  InputError: it is another task's, or does not fit its codec."""
     network, info = rm.load_checkpoint(path, "image", device, ("codec", "variant"))
     try:
-        editor = Editor(Codec(**info["codec"]), variant or info["variant"]).to(device)
+        editor = Editor(Codec(**info["codec"]), info["variant"]).to(device)
         editor.load_state_dict(network.state_dict())
     except (TypeError, KeyError, ValueError, RuntimeError) as error:
         raise InputError(f"{path} does not fit its codec: {rm.first_line(error)}") from None
@@ -533,7 +532,7 @@ def two_phase(
 
     denoiser: input embeddings -> logits.  tokens: int64 [B, P].  Returns the trace, int64
     [turns + 1, B, P], the last without MASK.  Each row changes phase in the turn that finds nothing
-    more to re-mask, or after mask_steps, so that its result does not depend on its batch.
+    more to re-mask, or after mask_steps: its result does not depend on its batch.
     """
     reveals = torch.zeros(len(tokens), 1, dtype=torch.long, device=tokens.device)  # in phase 2
     total = reveals  # masks at the start of phase 2
@@ -546,7 +545,7 @@ def two_phase(
         masking = (remasked != tokens).any(-1, keepdim=True)
 
         masks = (remasked == MASK).sum(-1, keepdim=True)
-        total = total.maximum(masks)
+        total = total.maximum(masks)  # they grow in phase 1 alone
         reveals = reveals + ~masking
         # After step s of S a share cos(pi s / 2S) of the masks is left; one at least is revealed.
         left = total * torch.cos(math.pi / 2 * (reveals / reveal_steps))
@@ -726,8 +725,8 @@ def train_variant(
     data = rm.fingerprint(json.dumps(codec), *pool[:4])
     torch.manual_seed(seed)
     model = Editor(pool.codec, variant).to(device)
-    if variant != "base":
-        model = load_editor(folder / "base.pt", device, variant)  # all others start from it
+    if variant != "base":  # all others start from it
+        model.load_state_dict(load_editor(folder / "base.pt", device).state_dict())
     base = rm.fingerprint(*model.state_dict().values())
     run = rm.Run(folder / variant, {"seed": seed, "steps": steps, "data": data, "base": base})
     if run.record:

@@ -197,15 +197,15 @@ GOOD = ("make it red", flat(0, 0, 0), flat(200, 0, 0))
 
 def test_palette_and_words_come_from_the_folder(tmp_path, capsys):
     black, red = flat(0, 0, 0), flat(200, 0, 0)
-    texts = ("Make it red.", "make it black, please")
-    pictures = ((black, red), (red, black))
+    texts = ["Make it red.", "make it black, please", "do nothing"]
+    pictures = ((black, red), (red, black), (black, black))
     folder = write_pairs(tmp_path / "a", [(t, *p) for t, p in zip(texts, pictures)])
     pairs = image.read_pairs(folder, 10)
     codec = pairs.codec
-    assert "2 pairs, 5 words, 2 colours (0 pixels" in capsys.readouterr().out
+    assert "3 pairs, 7 words, 2 colours (0 pixels" in capsys.readouterr().out
     assert codec.palette == [[0, 0, 0], [200, 0, 0]] and codec.length == 6
-    assert codec.words == ["black", "it", "make", "please", "red"]
-    assert pairs.texts == [*texts]
+    assert codec.words == ["black", "do", "it", "make", "nothing", "please", "red"]
+    assert pairs.texts == texts
     assert (pairs.source[0] == 1).all() and (pairs.target[0] == 2).all()
     assert (codec.decode_image(pairs.target)[0].numpy() == red).all()
     picture = black.copy()
