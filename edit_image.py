@@ -117,9 +117,9 @@ PATTERNS = {  # "a/b" stands for one phrasing with a and one with b; after | tho
     "{it} should move to the {place}; please carry {it} to the {place}",
     "replace": "replace/exchange {it} by {new}; swap/exchange/trade {it} for {new}; "
     "turn/change/make {it} into {new}; instead of {it} draw/add/place {new}; "
-    "put/draw {new} instead of {it}; please replace/exchange {it} by {new}; {it} should become/be "
-    "{new}; instead of {it} there should be {new}; for {it} swap/draw {new} | "
-    "instead of {it} put {new}; change {it} for {new}; draw {new} for {it}",
+    "put/draw {new} instead of {it}; please replace/exchange {it} by {new}; "
+    "{it} should become/be {new}; instead of {it} there should be {new}; for {it} swap/draw {new}"
+    " | instead of {it} put {new}; change {it} for {new}; draw {new} for {it}",
 }
 
 
@@ -421,7 +421,7 @@ class Editor(MaskDiffusionTransformer):
     """The project's transformer on [instruction | source | target], the source under the target.
 
     Its logits, [B, length + 2 * H * W, V], are real at the target for MASK and the palette, -10,000
-    elsewhere.  A position's coordinates: row, column, block of 4x4 pixels, and whether it is a word.
+    elsewhere.  A position's coordinates: row, column, block of 4x4 pixels, whether it is a word.
     """
 
     def __init__(self, codec: Codec, variant: str):
@@ -745,7 +745,7 @@ def train_all(
     steps: dict[str, int], pool: Pairs, test: Pairs, folder: Path, device: torch.device,
     seed: int = 0, compile: bool = False,
 ) -> dict:  # fmt: skip
-    """Trains what is not done yet, base first, evaluates all; a table, a gallery.  steps: of each."""
+    """Trains what is not done yet, base first, scores all; a table, a gallery.  steps: of each."""
     pool = Pairs(*(part.to(device) for part in pool[:4]), *pool[4:])
     training = {}
     for variant, n in steps.items():
