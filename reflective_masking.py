@@ -10,7 +10,7 @@ Huang, Zhou, 2026, arXiv 2606.16700.  Part I is the method:
     5. MaskDiffusionTransformer        the network: input embeddings -> logits
     6. demo                            all of it on a toy:  python reflective_masking.py
 
-Part II is training and files for the three scripts; Part I uses nothing of it, and copies out with
+Part II is training and files for the scripts; Part I uses nothing of it, and copies out with
 history.py and kernels.py.  Shapes: B sequences, N positions, V vocabulary with MASK, D width.
 What differs from the paper: a role's loss is divided by the number of all editable positions, so
 that the three add up to the plain cross-entropy; Sudoku's attention has a bias for cells that share
@@ -543,8 +543,8 @@ import torch.distributed as dist
 # ------------------------------------------------------------------------------------------------
 # 7. Training
 
-# states int64 [K, B, N] oldest first (history_until), clean int64 [B, N], editable bool [B, N] or
-# None: the positions that have a loss.  With a fourth element, float [B, N], it is mask_loss's.
+# states int64 [K, B, N] oldest first (history_until), clean int64 [B, N], editable bool [B, N]: the
+# positions that have a loss (None: all).  With a fourth, float [B, N], the loss is mask_loss.
 Batch = tuple[Tensor, Tensor, Tensor | None] | tuple[Tensor, Tensor, Tensor | None, Tensor]
 
 

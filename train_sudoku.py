@@ -4,12 +4,10 @@ ones, nobody says.  The model re-masks what it doubts, reveals again, stops when
     python train_sudoku.py                   train RM, evaluate, draw the curve
     python train_sudoku.py --variant all     every model of the table; resumes where it stopped
     python train_sudoku.py --evaluate        score the shipped checkpoint on 2,000 boards
-    python train_sudoku.py --study clues     or severity (wrong cells), turns, calibration
     python train_sudoku.py --revise BOARD    watch it repair a board; --solve PUZZLE locks the clues
     python train_sudoku.py --puzzles FILE    score solving
 
-Reading order: boards, metrics, training data, baselines, evaluation, training, studies and
-pictures, files and command line.  Tokens: MASK is 0, a digit is itself.
+Tokens: MASK is 0, a digit is itself.
 What differs from the paper: it states neither its training data nor its settings, so sample_starts
 and the constants are ours.  Beside Eq. 1 as it stands we decode with one reveal a turn, which then
 sees the one before.  As in the paper any cell may be re-masked, except the clues of a puzzle.
@@ -28,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import reflective_masking as rm
-from history import HistoryReference, history_embedding
+from history import HistoryReference
 from reflective_masking import InputError
 
 MASK = 0
@@ -110,7 +108,7 @@ def minimal_puzzle(board: list[int], rng: random.Random) -> list[int]:
     return puzzle
 
 
-@cache  # 10,000 boards take 20 seconds, and --variant all asks six times
+@cache  # --variant all asks six times
 def random_boards(count: int, seed: int) -> Tensor:
     """count complete boards, int64 [count, 81]; a longer list of the same seed begins alike."""
     rng = random.Random(seed)
@@ -155,20 +153,13 @@ def shuffle_symmetries(boards: Tensor, generator: torch.Generator) -> Tensor:
     return digits.expand(-1, grids.shape[1], -1).gather(-1, moved).view_as(boards)
 
 
-def choose_cells(batch: int, low: int, high: int, generator: torch.Generator) -> Tensor:
-    """bool [batch, 81]: low to high cells of each board, the number and the cells uniform."""
-    device = generator.device
-    count = torch.randint(low, high + 1, (batch, 1), generator=generator, device=device)
-    order = torch.rand(batch, 81, generator=generator, device=device).argsort(-1).argsort(-1)
-    return order < count
-
-
 def corrupt(clean: Tensor, seed: int, low: int = 4, high: int = 20) -> Tensor:
     """The paper's task, int64 [B, 81]: low to high cells get one of the eight wrong digits."""
     generator = torch.Generator().manual_seed(seed)
-    cells = choose_cells(len(clean), low, high, generator)
+    count = torch.randint(low, high + 1, (len(clean), 1), generator=generator)
+    order = torch.rand(clean.shape, generator=generator).argsort(-1).argsort(-1)
     wrong = rm.uniform_wrong(clean, DIGITS, generator)
-    return torch.where(cells, wrong, clean)
+    return torch.where(order < count, wrong, clean)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -206,43 +197,35 @@ def replay_mistakes(trace: Tensor, clean: Tensor) -> tuple[int, int]:
 
 
 def sample_starts(
-    batch_size: int, generator: torch.Generator, pool: Tensor, puzzles: Tensor
+    batch_size: int, generator: torch.Generator, puzzles: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What training revises: start, clean, int64 [B, 81], editable, bool [B, 81].
 
-    Half are puzzles with 17 to 60 clues, locked; of the blanks a share is filled, partly wrong.
-    Half are boards with 0 to 40 wrong cells, nothing locked.  pool, puzzles: random_boards,
-    random_puzzles, on the generator's device; each is shown under a random symmetry.
+    Half are boards with nothing locked, half puzzles with 17 to 60 clues, locked, of whose other
+    cells a share is filled.  Of the cells that stand and are not locked, up to half are wrong.
+    puzzles: random_puzzles, on the generator's device; each is shown under a random symmetry.
     """
     device = generator.device
     uniform = partial(torch.rand, generator=generator, device=device)
-    half = batch_size // 2
-    picked = torch.randint(len(puzzles), (half,), generator=generator, device=device)
-    minimal, solution = shuffle_symmetries(puzzles[picked], generator).unbind(1)
-    least = (minimal != MASK).sum(-1, keepdim=True)
-    count = least + (uniform(half, 1) * (61 - least)).long()  # ~ U{least..60}
-    blank = add_clues(minimal, solution, count, generator) == MASK
-    some = uniform(half, 1) < 0.5  # the other half of the puzzles starts empty
-    share = uniform(half, 1)
-    filled = blank & (uniform(half, 81) < share * some)
-    share = 0.5 * uniform(half, 1)  # of the filled cells: ~ U(0, 0.5)
-    wrong = filled & (uniform(half, 81) < share)
+    picked = torch.randint(len(puzzles), (batch_size,), generator=generator, device=device)
+    puzzle, clean = shuffle_symmetries(puzzles[picked], generator).unbind(1)
+    is_puzzle = torch.arange(batch_size, device=device).unsqueeze(1) < batch_size // 2
+    least = (puzzle != MASK).sum(-1, keepdim=True)
+    clues = least + (uniform(batch_size, 1) * (61 - least)).long()  # ~ U{least..60}
+    editable = (add_clues(puzzle, clean, clues, generator) == MASK) | ~is_puzzle
 
-    picked = torch.randint(len(pool), (batch_size - half,), generator=generator, device=device)
-    board = shuffle_symmetries(pool[picked], generator)
-    cells = choose_cells(len(board), 0, 40, generator)
-
-    clean = torch.cat([solution, board])
-    wrong = torch.cat([wrong, cells])
-    masked = F.pad(blank & ~filled, (0, 0, 0, len(board)))
-    editable = F.pad(blank, (0, 0, 0, len(board)), value=True)
-    digits = rm.uniform_wrong(clean, DIGITS.to(device), generator)
-    start = torch.where(masked, MASK, torch.where(wrong, digits, clean))
-    return start, clean, editable
+    some = uniform(batch_size, 1) < 0.5  # the other half of the puzzles starts empty
+    share = torch.where(is_puzzle, uniform(batch_size, 1) * some, 1)  # a board starts full
+    filled = uniform(batch_size, 81) < share
+    share = 0.5 * uniform(batch_size, 1)  # ~ U(0, 0.5)
+    is_wrong = uniform(batch_size, 81) < share
+    wrong = rm.uniform_wrong(clean, DIGITS.to(device), generator)
+    start = torch.where(editable & filled & is_wrong, wrong, clean)
+    return start.masked_fill(editable & ~filled, MASK), clean, editable
 
 
 def sample_batch(
-    batch_size: int, generator: torch.Generator, pool: Tensor, puzzles: Tensor, plain: bool = False
+    batch_size: int, generator: torch.Generator, puzzles: Tensor, plain: bool = False
 ) -> rm.Batch:
     """A Batch for rm.train: sample_starts in a turn of a synthetic revision.
 
@@ -250,22 +233,18 @@ def sample_batch(
     the rest masked.  plain: boards with masks alone, a uniform share of the cells, and a loss there
     only (mask diffusion).
     """
-    device = generator.device
-    uniform = partial(torch.rand, generator=generator, device=device)
+    uniform = partial(torch.rand, generator=generator, device=generator.device)
+    start, clean, editable = sample_starts(batch_size, generator, puzzles)
+    share = uniform(batch_size, 1)  # ~ U(0, 1)
     if plain:
-        picked = torch.randint(len(pool), (batch_size,), generator=generator, device=device)
-        clean = shuffle_symmetries(pool[picked], generator)
-        chance = uniform(batch_size, 81)
-        masked = chance < uniform(batch_size, 1)  # the share of masks ~ U(0, 1)
+        masked = uniform(batch_size, 81) < share
         return clean.masked_fill(masked, MASK).unsqueeze(0), clean, masked
 
-    start, clean, editable = sample_starts(batch_size, generator, pool, puzzles)
     as_the_task = uniform(batch_size, 1) < 0.5
-    share = uniform(batch_size, 1)
     p_wrong = torch.where(as_the_task, 1.0, share) * (start != MASK)
     how = {"p_wrong": p_wrong, "generator": generator}
     trajectory = rm.sample_trajectory(clean, start != clean, start, MASK, **how)
-    turn = torch.randint(6, (batch_size,), generator=generator, device=device)  # x(0) to x(5)
+    turn = torch.randint(6, (batch_size,), generator=generator, device=generator.device)  # x(0..5)
     return rm.history_until(trajectory, turn), clean, editable
 
 
@@ -304,29 +283,36 @@ def truth_everywhere(state, clean, mask_id, editable=None) -> tuple[Tensor, Tens
     return clean, rm.oracle_action(state, clean, mask_id, editable)[1]
 
 
-MAKE_RULE = {  # max_turns -> a fresh rule, by variant; the others follow Eq. 1
-    "plain": low_confidence,
-    "direct": lambda max_turns: direct_replacement,
-}
-REPLACEMENT = {  # what a row of the table is called -> options of evaluate
-    "one-shot": {"max_turns": 1, "make_rule": MAKE_RULE["direct"]},
-    "direct replacement": {"make_rule": MAKE_RULE["direct"]},
-}
-DECODINGS = {
+REPLACEMENT = {"make_rule": lambda max_turns: direct_replacement}
+DECODINGS = {  # of each variant: what a row of the table is called -> options of evaluate
     **{variant: {"one reveal a turn": ONE_A_TURN, "Eq. 1": {}} for variant in VARIANTS},
-    "plain": {**REPLACEMENT, "low-confidence re-masking": {"make_rule": low_confidence}},
-    "direct": REPLACEMENT,
+    "plain": {
+        "one-shot": {**REPLACEMENT, "max_turns": 1},
+        "direct replacement": REPLACEMENT,
+        "low-confidence re-masking": {"make_rule": low_confidence},
+    },
+    "direct": {"one-shot": {**REPLACEMENT, "max_turns": 1}, "direct replacement": REPLACEMENT},
 }
+
+
+def usual_rule(variant: str) -> Callable | None:
+    """make_rule of a variant's last decoding: a baseline's own rule, or None for Eq. 1."""
+    return [*DECODINGS[variant].values()][-1].get("make_rule")
+
 
 # ------------------------------------------------------------------------------------------------
 # Evaluation
 
 
+Trained = tuple[rm.MaskDiffusionTransformer, float, bool]  # with gamma and rotate of Eq. 2
+
+
 def revise_boards(
-    model: rm.MaskDiffusionTransformer, gamma: float, rotate: bool, start: Tensor,
-    max_turns: int = 32, reveal: int | None = None, solve: bool = False, rule=None,
+    trained: Trained, start: Tensor, max_turns: int = 32, reveal: int | None = None,
+    solve: bool = False, rule: Callable | None = None,
 ) -> rm.Revision:  # fmt: skip
     """rm.revise of boards, int64 [B, 81], with its trace; solve locks their clues."""
+    model, gamma, rotate = trained
     history = HistoryReference(model.embedding.detach(), gamma, rotate)
     start = start.to(model.embedding.device)
     editable = (start == MASK) | (not solve)
@@ -337,21 +323,20 @@ def revise_boards(
 
 
 def evaluate(
-    model: rm.MaskDiffusionTransformer, gamma: float, rotate: bool, clean: Tensor, start: Tensor,
-    max_turns: int = 32, make_rule: Callable[[int], Callable] | None = None,
-    reveal: int | None = None, solve: bool = False,
+    trained: Trained, clean: Tensor, start: Tensor, max_turns: int = 32,
+    make_rule: Callable[[int], Callable] | None = None, **how,
 ) -> dict:  # fmt: skip
     """The four metrics of revising start towards clean, int64 [n, 81] both; shares as fractions.
 
-    make_rule: a baseline's, None for Eq. 1.  reveal: as in rm.decide.  solve: start's clues are
-    locked.  right: a character a board, "1" where exact, for paired tests.
+    make_rule: a baseline's, None for Eq. 1.  how: reveal and solve, of revise_boards.
+    right: a character a board, "1" where exact, for paired tests.
     """
     began = time.perf_counter()
     results = []
     mistakes = []
     for rows in torch.arange(len(clean)).split(500):  # boards at a time
         rule = make_rule(max_turns) if make_rule else None
-        result = revise_boards(model, gamma, rotate, start[rows], max_turns, reveal, solve, rule)
+        result = revise_boards(trained, start[rows], max_turns, rule=rule, **how)
         results.append(result)
         mistakes.append(replay_mistakes(result.trace.cpu(), clean[rows]))
 
@@ -370,9 +355,9 @@ def evaluate(
         "ci95_valid": rm.wilson_interval(int(valid.sum()), n),
         "remasked_wrong_cells": remasked,
         "max_turns": max_turns,
-        "reveal": reveal,
+        "reveal": how.get("reveal"),
         "mean_turns": sum(turn for result in results for turn in result.turns) / n,
-        "params": sum(p.numel() for p in model.parameters()),
+        "params": sum(p.numel() for p in trained[0].parameters()),
         "seconds": time.perf_counter() - began,
         "right": "".join("01"[right] for right in exact.tolist()),
     }
@@ -399,16 +384,15 @@ def train_variant(
     variant: str, out: Path, device: torch.device, seed: int = 0, minutes: float | None = 15,
     steps: int | None = None, gamma: float | None = None, rotate: bool | None = None,
     compile: bool = False, n: int = 2000, max_turns: int = 32,
-    pool: int = 10_000, puzzles: int = 500, validation: int = 300,
+    puzzles: int = 500, validation: int = 300,
 ) -> dict:  # fmt: skip
     """Trains a variant, or goes on, and scores it; writes OUT/<variant>_seed<seed>.pt and .json.
 
     minutes are made into steps by a trial, or steps is exact.  gamma, rotate: None, the variant's
-    own.  n: test boards.  pool, puzzles, validation: how many are drawn.  Returns the record.
+    own.  n: test boards.  puzzles, validation: how many are drawn.  Returns the record.
     """
     if rm.is_main_process():
-        print(f"{variant}, seed {seed}: drawing {pool} boards and {puzzles} puzzles", flush=True)
-    boards = random_boards(pool, seed).to(device)
+        print(f"{variant}, seed {seed}: drawing {puzzles} puzzles", flush=True)
     dug = random_puzzles(puzzles, seed).to(device)
     held_out = random_boards(validation, VALIDATION_SEED)
     start = corrupt(held_out, VALIDATION_SEED)
@@ -422,7 +406,7 @@ def train_variant(
         "minutes": None if steps else minutes,
         "steps": steps,
         "max_turns": max_turns,
-        "data": rm.fingerprint(boards, dug, held_out, start, clean, test),
+        "data": rm.fingerprint(dug, held_out, start, clean, test),
     }
     run = rm.Run(out / f"{variant}_seed{seed}", settings)
     if run.record:
@@ -430,7 +414,7 @@ def train_variant(
 
     torch.manual_seed(seed)
     model = new_model(device)
-    sample = partial(sample_batch, pool=boards, puzzles=dug, plain=variant == "plain")
+    sample = partial(sample_batch, puzzles=dug, plain=variant == "plain")
     options |= {"seed": seed, **TRAINING}
     if variant == "direct":
         options["oracle"] = truth_everywhere
@@ -439,20 +423,19 @@ def train_variant(
         run.notes["planned"] = steps or steps_in(minutes, trial)
     steps = run.notes["planned"]
     every = max(1, min(250, steps // 8))
-    how = {"max_turns": max_turns, "make_rule": MAKE_RULE.get(variant)}
+    how = {"max_turns": max_turns, "make_rule": usual_rule(variant)}
     for step, stats in rm.train(model, sample, steps, MASK, **options, **run.files(every)):
-        scores = None
         if step % every == 0 or step == steps:
-            score = evaluate(model, gamma, rotate, held_out, start, **how)
-            scores = {"exact": score["exact"], "valid": score["valid"]}
-        if scores or step % max(1, every // 10) == 0:
-            run.show(step, steps, stats, scores)
+            score = evaluate((model, gamma, rotate), held_out, start, **how)
+            run.show(step, steps, stats, {"exact": score["exact"], "valid": score["valid"]})
+        elif step % max(1, every // 10) == 0:
+            run.show(step, steps, stats)
 
-    about = {"variant": variant, "seed": seed, "gamma": gamma, "rotate": rotate, "steps": steps}
     scores = {}
     for name, decoding in DECODINGS[variant].items():
         decoding = {"max_turns": max_turns, **decoding}
-        scores[name] = evaluate(model, gamma, rotate, clean, test, **decoding)
+        scores[name] = evaluate((model, gamma, rotate), clean, test, **decoding)
+    about = {"variant": variant, "seed": seed, "gamma": gamma, "rotate": rotate, "steps": steps}
     return run.finish(model, "sudoku", **about, training=TRAINING, test=scores)
 
 
@@ -499,79 +482,7 @@ def print_table(rows: dict[str, dict]) -> None:
 
 
 # ------------------------------------------------------------------------------------------------
-# Studies and pictures: of trained, (model, gamma, rotate), on n test boards
-
-AXES = {"turns": "turns", "severity": "wrong_cells", "clues": "clues", "calibration": "p"}
-
-
-def study(name: str, trained: tuple, n: int, how: dict) -> dict:
-    """The points of a figure, in "rows".  name: of AXES.  how: max_turns and reveal."""
-    if name == "calibration":
-        return study_calibration(trained, n, how)
-    rows = []
-
-    def score(x: int, clean: Tensor, start: Tensor, **other) -> None:
-        rows.append({AXES[name]: x, **evaluate(*trained, clean, start, **{**how, **other})})
-
-    clean = random_boards(n, TEST_SEED)
-    if name == "turns":
-        for turns in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 100):
-            if turns <= how["max_turns"]:
-                score(turns, clean, corrupt(clean, TEST_SEED), max_turns=turns)
-    elif name == "severity":
-        for cells in range(4, 41, 4):
-            score(cells, clean, corrupt(clean, TEST_SEED + cells, cells, cells))
-    else:  # minimal puzzles with as many clues or fewer, and random further ones
-        minimal, clean = random_puzzles(n, TEST_SEED).unbind(1)
-        generator = torch.Generator().manual_seed(TEST_SEED)
-        for clues in (24, 28, 32, 36):
-            few = (minimal != MASK).sum(-1) <= clues
-            puzzle = add_clues(minimal[few], clean[few], clues, generator)
-            if few.any():
-                score(clues, clean[few], puzzle, solve=True)
-    return {"rows": rows}
-
-
-@torch.no_grad()
-def study_calibration(trained: tuple, n: int, how: dict) -> dict:
-    """What p(x) means at visible cells in all turns, in 20 bins: it should be the probability that
-    x is right, and p(x) + p(M) be 1.
-    """
-    model, gamma, rotate = trained
-    clean = random_boards(n, TEST_SEED)
-    start = corrupt(clean, TEST_SEED)
-    seen = []
-    for rows in torch.arange(n).split(500):
-        result = revise_boards(*trained, start[rows], **how)
-        turns = torch.tensor(result.turns)
-        for turn in range(max(result.turns)):  # once more, with the truth at hand
-            going = turns > turn
-            states = result.trace[: turn + 1, going]
-            tokens = states[-1]
-            p = model(history_embedding(states, model.embedding, gamma, rotate)).softmax(-1)
-            own = p.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-            right = (tokens == clean[rows][going].to(p.device)).float()
-            seen.append(torch.stack([own, p[..., MASK], right], -1)[tokens != MASK].cpu())
-
-    own, other, right = torch.cat(seen).T
-    bins = (own * 20).long().clamp(max=19)
-    rows = []
-    for low in bins.unique():
-        hits = right[bins == low]
-        row = {
-            "p": own[bins == low].mean().item(),
-            "right": hits.mean().item(),
-            "ci95_right": rm.wilson_interval(int(hits.sum()), len(hits)),
-            "n": len(hits),
-        }
-        rows.append(row)
-    gaps = sum(row["n"] * abs(row["p"] - row["right"]) for row in rows)
-    return {
-        "rows": rows,
-        "expected_calibration_error": gaps / len(own),
-        "visible_positions": len(own),
-        "mean_p_own_plus_mask": (own + other).mean().item(),
-    }
+# Pictures
 
 
 def draw(path: Path, rows: list[dict], axis: str, shares: tuple = ("exact", "valid")) -> None:
@@ -580,38 +491,6 @@ def draw(path: Path, rows: list[dict], axis: str, shares: tuple = ("exact", "val
     for share in shares:
         lines[share] = [(row[axis], row[share], row.get(f"ci95_{share}")) for row in rows]
     rm.draw_lines(path, lines, axis.replace("_", " "), "%", log=axis == "turns")
-
-
-def animate(path: Path, trace: Tensor) -> None:
-    """A GIF of one revision, int64 [turns + 1, 81].
-
-    Amber: masked; green: revealed in this turn; red digit: breaks a rule.
-    """
-    from matplotlib.animation import FuncAnimation, PillowWriter
-
-    figure, ((axis,),) = rm.new_figure(width=3.6, height=3.9)
-    white, amber, green = torch.tensor([[255, 255, 255], [255, 217, 138], [168, 224, 176]])
-
-    def frame(turn: int) -> None:
-        now = trace[turn].unsqueeze(-1)
-        before = trace[max(turn - 1, 0)].unsqueeze(-1)
-        color = torch.where(now == MASK, amber, torch.where(now == before, white, green))
-        axis.clear()
-        axis.imshow(color.view(9, 9, 3).numpy())
-        axis.set(title=f"turn {turn}", xticks=[], yticks=[])
-        for cell, broken in enumerate(conflicts(trace[turn]).tolist()):
-            ink = "#c62828" if broken else "black"
-            digit = str(int(now[cell]) or "")
-            axis.text(cell % 9, cell // 9, digit, color=ink, ha="center", va="center")
-        for line in range(1, 9):
-            style = {"color": "black", "linewidth": 0.5 if line % 3 else 1.8}
-            axis.axhline(line - 0.5, **style)
-            axis.axvline(line - 0.5, **style)
-
-    turns = [*range(len(trace)), *[len(trace) - 1] * 3]  # the last state stays a while
-    path.parent.mkdir(parents=True, exist_ok=True)
-    FuncAnimation(figure, frame, turns).save(path, PillowWriter(fps=1), dpi=100)
-    print(f"wrote {path}")
 
 
 def show_turn(now: Tensor, before: Tensor) -> str:
@@ -628,19 +507,13 @@ def show_turn(now: Tensor, before: Tensor) -> str:
     return text
 
 
-def show_revision(
-    model: rm.MaskDiffusionTransformer, gamma: float, rotate: bool, board: Tensor,
-    max_turns: int = 32, reveal: int | None = None, solve: bool = False, gif: Path | None = None,
-) -> dict:  # fmt: skip
-    """Revises one board, int64 [81], and prints every turn; solve locks its clues."""
-    start = board.unsqueeze(0)
-    result = revise_boards(model, gamma, rotate, start, max_turns, reveal, solve)
+def show_revision(trained: Trained, board: Tensor, **how) -> dict:
+    """Revises one board, int64 [81], and prints every turn.  how: of revise_boards."""
+    result = revise_boards(trained, board.unsqueeze(0), **how)
     trace = result.trace[:, 0].cpu()
     print("_ masked   -_ re-masked in this turn   +5 revealed in this turn   5! breaks a rule\n")
     for turn, (before, now) in enumerate(pairwise(torch.cat([trace[:1], trace]))):
         print(f"turn {turn}: {int((before != now).sum())} cells changed\n{show_turn(now, before)}")
-    if gif:
-        animate(gif, trace)
     verdict = {
         "board": "".join(map(str, now.tolist())),
         "turns": result.turns[0],
@@ -726,14 +599,13 @@ def parse_options():
     options = rm.Options(description="Reflective Masking on Sudoku.  Alone: train, evaluate, draw.")
     count = rm.number(int, 1)
     cells = rm.number(int, 0, 81)
-    used = ("evaluate", "revise", "solve", "puzzles", "study")
+    used = ("evaluate", "revise", "solve", "puzzles")
     add = options.add_argument_group("what to do (default: train)")
     add = add.add_mutually_exclusive_group().add_argument
     add("--evaluate", action="store_true", help="score --checkpoint on the test boards or --boards")
     add("--revise", metavar="BOARD", help=f"repair 81 digits, blank {BLANKS}, and show every turn")
     add("--solve", metavar="PUZZLE", help="the same with the clues locked")
     add("--puzzles", type=Path, metavar="FILE", help="score solving; solutions need not be given")
-    add("--study", choices=AXES, help="a JSON and a figure")
 
     add = options.group("training", "train")
     add("--variant", choices=[*VARIANTS, "all"], default="rm", help="all: those of the table")
@@ -747,28 +619,25 @@ def parse_options():
     shipped = Path(__file__).parent / "checkpoints/sudoku_rm.pt"
     add("--checkpoint", type=Path, default=shipped, help="default: the shipped one")
     add("--boards", type=Path, metavar="FILE", modes=("evaluate",), help="solved, to be corrupted")
-    add("--n", type=count, default=2000, modes=("train", "evaluate", "puzzles", "study"),
+    add("--n", type=count, default=2000, modes=("train", "evaluate", "puzzles"),
         help="boards at most (default 2000)")  # fmt: skip
     add("--corrupt", type=cells, nargs=2, default=(4, 20), metavar=("LOW", "HIGH"),
         modes=("evaluate",), help="wrong cells (default 4 20)")  # fmt: skip
     add("--max-turns", type=count, help="forward passes (default 32; one a turn 100)")
     add("--reveal", type=cells, help="most reveals a turn, surest first; 0: all (0; solving 1)")
-    add("--gif", type=Path, metavar="FILE.gif", modes=("revise", "solve"), help="the turns, moving")
     options.general("runs/sudoku", "of training; with --evaluate of the test boards",
-                    ("train", "study"), ("train", "evaluate"))  # fmt: skip
+                    ("train",), ("train", "evaluate"))  # fmt: skip
     args = options.parse(lambda args: next((m for m in used if m in args.given), "train"))
 
     if (args.steps or args.smoke) and "minutes" in args.given:
         options.error("--minutes has no effect with --steps or --smoke")
     if args.corrupt[0] > args.corrupt[1]:
         options.error(f"--corrupt: {args.corrupt[0]} is more than {args.corrupt[1]}")
-    if args.gif and args.gif.suffix != ".gif":
-        options.error("--gif must end in .gif")
     args.out = args.out or Path("runs/smoke" if args.smoke else "runs/sudoku")
     tiny = {"steps": 4, "n": 8, "max_turns": 4} if args.smoke else {}
     for name in tiny.keys() - args.given:
         setattr(args, name, tiny[name])
-    solving = args.mode in ("solve", "puzzles") or args.study == "clues"
+    solving = args.mode in ("solve", "puzzles")
     args.reveal = int(solving) if args.reveal is None else args.reveal
     args.max_turns = args.max_turns or (100 if args.reveal else 32)
     return args
@@ -780,7 +649,7 @@ def main() -> None:
     if args.mode == "train":
         names = ("minutes", "steps", "gamma", "rotate", "compile", "n", "max_turns")
         plan = {name: getattr(args, name) for name in names}
-        plan |= {"pool": 20, "puzzles": 2, "validation": 8} if args.smoke else {}
+        plan |= {"puzzles": 2, "validation": 8} if args.smoke else {}
         result = train_table(args.variant, args.out, device, args.seed, **plan)
     elif rm.dist.is_initialized():
         raise InputError("torchrun is for training; run this with one process")
@@ -795,7 +664,7 @@ def use_checkpoint(args, device: torch.device) -> dict:
     model, info = rm.load_checkpoint(args.checkpoint, "sudoku", device, needs)
     if (model.config.vocabulary, model.config.length) != (10, 81):
         raise InputError(f"{args.checkpoint} is of boards that are not 9x9")
-    make_rule = MAKE_RULE.get(info["variant"])
+    make_rule = usual_rule(info["variant"])
     if make_rule and (args.mode != "evaluate" or args.reveal):
         raise InputError(f"{args.checkpoint} has no Eq. 1: --evaluate it, without --reveal")
     trained = (model, info["gamma"], info["rotate"])
@@ -804,15 +673,7 @@ def use_checkpoint(args, device: torch.device) -> dict:
     solve = args.mode in ("solve", "puzzles")
     if args.mode in ("revise", "solve"):
         board = parse_board(args.solve or args.revise, puzzle=solve)
-        return show_revision(*trained, board, **how, solve=solve, gif=args.gif)
-    if args.mode == "study":
-        result = {**study(args.study, trained, args.n, how), **how, **about}
-        shares = ("right",) if args.study == "calibration" else ("exact", "valid")
-        path = args.out / f"sudoku_{args.study}.png"
-        draw(path, result["rows"], AXES[args.study], shares)
-        rm.write_json(path.with_suffix(".json"), result)
-        return result
-
+        return show_revision(trained, board, **how, solve=solve)
     if solve:
         start, clean = read_boards(args.puzzles, args.n, solved=False)
     else:
@@ -821,7 +682,7 @@ def use_checkpoint(args, device: torch.device) -> dict:
         else:
             clean = random_boards(args.n, TEST_SEED + args.seed)
         start = corrupt(clean, TEST_SEED + args.seed, *args.corrupt)
-    score = evaluate(*trained, clean, start, make_rule=make_rule, solve=solve, **how)
+    score = evaluate(trained, clean, start, make_rule=make_rule, solve=solve, **how)
     if solve:
         if (clean == MASK).any():  # what compares with the truth is not known
             truth = ("exact", "ci95_exact", "replay_mistake", "remasked_wrong_cells", "right")
