@@ -294,7 +294,8 @@ def revise(
     below or lambda e: hf_model(inputs_embeds=e).logits; with head to hidden states [B, N, D].
     tokens: int64 [B, N], MASK where nothing stands yet.  history: it is reset first.  editable,
     reveal, head, bias, impl: as in decide.  rule: in place of Eq. 1, for baselines; rule(logits,
-    tokens, mask_id, editable=, reveal=) -> int64 [B, N].  context: tensors with a row a sequence
+    tokens, mask_id, editable=, turn=, max_turns=) -> int64 [B, N], where turn counts from 1.
+    context: tensors with a row a sequence
     (an attention mask, say), for the denoiser as keywords; finished sequences leave the batch, and
     their rows of context too.  A sequence ends with
 
@@ -333,7 +334,8 @@ def revise(
         require(fits, f"{wanted}, got {[*logits.shape]}: what it holds a sequence goes in context")
         nan = logits.amax(-1).isnan() & editable
         require(not nan.any(), f"denoiser returned NaN in turn {turn}")
-        following = (rule or eq1)(logits, tokens, mask_id, editable=editable, reveal=reveal)
+        how = {"turn": turn, "max_turns": max_turns} if rule else {"reveal": reveal}
+        following = (rule or eq1)(logits, tokens, mask_id, editable=editable, **how)
 
         settled = (following == tokens).all(-1)
         returned = (past == following).all(-1).sum(0) >= patience
@@ -605,13 +607,8 @@ def train(
                 raise InputError(f"{found} at step {step + 1}")
             seconds += time.perf_counter() - began
 
-            yield step + 1, {
-                "loss": loss.total.detach(),
-                "reveal": loss.reveal,
-                "remask": loss.remask,
-                "keep": loss.keep,
-                "seconds": seconds,
-            }
+            parts = {"reveal": loss.reveal, "remask": loss.remask, "keep": loss.keep}
+            yield step + 1, {"loss": loss.total.detach(), **parts, "seconds": seconds}
             if checkpoint and (received or (step + 1) % checkpoint_every == 0):
                 saved = {
                     "model": model.state_dict(),
@@ -749,9 +746,8 @@ def signals_wait() -> Iterator[list[int]]:
 class Run:
     """One training's files: PATH.resume.pt while it goes on, PATH.pt and PATH.json once it is done.
 
-    path: without an ending.  settings: what a run must share to go on, or to count as done.
-    record: the finished run's, else None.  notes: what the resume file keeps; notes["curve"] is a
-    list of points, and a script may add to them.  InputError: files of other settings.
+    settings: what a run must share to go on, or to count as done (else InputError).  record: the
+    finished run's, or None.  notes: what the resume file keeps; a script may add to them.
     """
 
     def __init__(self, path: Path, settings: dict):
@@ -761,8 +757,12 @@ class Run:
         self.resume = path.with_name(f"{path.name}.resume.pt")
         done = path.with_name(f"{path.name}.json")
         if done.exists():
-            self.record = read_record(done)
-            require_same(settings, self.record["settings"], done)
+            try:
+                self.record = json.loads(done.read_text(encoding="utf-8"))
+                found = dict(self.record["settings"])
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise InputError(f"{done} is no record: {first_line(error)}: delete it") from None
+            require_same(settings, found, done)
             if is_main_process():
                 print(f"{done} is there: done", flush=True)
         elif self.resume.exists():
@@ -807,15 +807,6 @@ class Run:
             self.resume.unlink(missing_ok=True)
         gather(None)  # under torchrun the others wait: what comes next may read the files
         return record
-
-
-def read_record(path: Path) -> dict:
-    """A finished run's JSON.  Raises InputError for anything else."""
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        return {**record, "settings": dict(record["settings"])}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is no record: {first_line(error)}: delete it") from None
 
 
 def require_same(settings: dict, found: dict, path: Path) -> None:
@@ -1118,18 +1109,15 @@ class Options(argparse.ArgumentParser):
         add("--smoke", action="store_true", help="everything tiny, in seconds, to see that it runs")
 
     def parse(self, mode_of: Callable[[argparse.Namespace], str]) -> argparse.Namespace:
-        unset = object()
-        wanted = [action for action in self._actions if action.dest != "help"]
-        empty = argparse.Namespace(**{action.dest: unset for action in wanted})
-        args = self.parse_args(namespace=empty)
-        args.given = {name for name, value in vars(args).items() if value is not unset}
-        for action in wanted:
-            if action.dest not in args.given:
-                setattr(args, action.dest, action.default)
+        defaults = {action.dest: action.default for action in self._actions}
+        for action in self._actions:
+            action.default = argparse.SUPPRESS
+        given = vars(self.parse_args())
+        args = argparse.Namespace(**{**defaults, **given}, given={*given})
         args.mode = mode_of(args)
-        for action in wanted:
+        for action in self._actions:
             modes = getattr(action, "modes", ())
-            if action.dest in args.given and modes and args.mode not in modes:
+            if action.dest in given and modes and args.mode not in modes:
                 self.error(f"{action.option_strings[0]} has no effect with {args.mode}")
         for path in (args.json, args.out):
             if path:  # --out may name a picture; without an ending, or where one is, a folder

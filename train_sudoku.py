@@ -10,7 +10,7 @@ ones, nobody says.  The model re-masks what it doubts, reveals again, stops when
 Tokens: MASK is 0, a digit is itself.
 What differs from the paper: it states neither its training data nor its settings, so sample_starts
 and the constants are ours.  Beside Eq. 1 as it stands we decode with one reveal a turn, which then
-sees the one before.  As in the paper any cell may be re-masked, except the clues of a puzzle.
+sees the one before, and re-mask where p(M) > 0.45 p(x) (DOUBT).  As in the paper any cell may be re-masked, except the clues of a puzzle.
 """
 
 import random
@@ -54,7 +54,8 @@ VARIANTS = {  # gamma, rotate: four settings of Eq. 2; the paper does not state 
 TRAINING = {"batch_size": 64, "learning_rate": 2.5e-3}
 TEST_SEED = 1_000_000  # training boards use the seeds below
 VALIDATION_SEED = 2_000_000
-ONE_A_TURN = {"reveal": 1, "max_turns": 100}  # decoding that lets a reveal see the one before
+DOUBT = 0.8  # added to MASK's logit there: a needless re-mask costs a turn, a kept mistake stays
+ONE_A_TURN = {"reveal": 1, "max_turns": 100, "doubt": DOUBT}  # a reveal sees the one before
 
 # ------------------------------------------------------------------------------------------------
 # Boards
@@ -258,24 +259,17 @@ def direct_replacement(logits, tokens, mask_id, editable, **_) -> Tensor:
     return torch.where(editable, best, tokens)
 
 
-def low_confidence(max_turns: int) -> Callable[..., Tensor]:
-    """A rule that re-masks the tokens of least probability, then reveals them, and so on.
+def low_confidence(logits, tokens, mask_id, editable, turn: int, max_turns: int) -> Tensor:
+    """The tokens of least probability are re-masked, in the next turn revealed, and so on.
 
     Their number falls linearly from 20, the largest number of wrong cells, to 0 at max_turns.
     """
-    turn = 0
-
-    def rule(logits, tokens, mask_id, editable, **_) -> Tensor:
-        nonlocal turn
-        turn += 1
-        if (tokens == mask_id).any():
-            return rm.decide(logits, tokens, mask_id, editable, allow_remask=False)
-        score = logits[..., 1:].log_softmax(-1).gather(-1, tokens.unsqueeze(-1) - 1).squeeze(-1)
-        count = round(20 * (1 - turn / max_turns))
-        lowest = score.argsort(-1).argsort(-1) < count
-        return tokens.masked_fill(lowest & editable, mask_id)
-
-    return rule
+    if (tokens == mask_id).any():
+        return rm.decide(logits, tokens, mask_id, editable, allow_remask=False)
+    score = logits[..., 1:].log_softmax(-1).gather(-1, tokens.unsqueeze(-1) - 1).squeeze(-1)
+    count = round(20 * (1 - turn / max_turns))
+    lowest = score.argsort(-1).argsort(-1) < count
+    return tokens.masked_fill(lowest & editable, mask_id)
 
 
 def truth_everywhere(state, clean, mask_id, editable=None) -> tuple[Tensor, Tensor]:
@@ -283,22 +277,16 @@ def truth_everywhere(state, clean, mask_id, editable=None) -> tuple[Tensor, Tens
     return clean, rm.oracle_action(state, clean, mask_id, editable)[1]
 
 
-REPLACEMENT = {"make_rule": lambda max_turns: direct_replacement}
+REPLACEMENT = {
+    "one-shot": {"rule": direct_replacement, "max_turns": 1},
+    "direct replacement": {"rule": direct_replacement},
+}
 DECODINGS = {  # of each variant: what a row of the table is called -> options of evaluate
     **{variant: {"one reveal a turn": ONE_A_TURN, "Eq. 1": {}} for variant in VARIANTS},
-    "plain": {
-        "one-shot": {**REPLACEMENT, "max_turns": 1},
-        "direct replacement": REPLACEMENT,
-        "low-confidence re-masking": {"make_rule": low_confidence},
-    },
-    "direct": {"one-shot": {**REPLACEMENT, "max_turns": 1}, "direct replacement": REPLACEMENT},
+    "plain": {**REPLACEMENT, "low-confidence re-masking": {"rule": low_confidence}},
+    "direct": REPLACEMENT,
 }
-
-
-def usual_rule(variant: str) -> Callable | None:
-    """make_rule of a variant's last decoding: a baseline's own rule, or None for Eq. 1."""
-    return [*DECODINGS[variant].values()][-1].get("make_rule")
-
+RULES = {"plain": low_confidence, "direct": direct_replacement}  # the others follow Eq. 1
 
 # ------------------------------------------------------------------------------------------------
 # Evaluation
@@ -309,34 +297,34 @@ Trained = tuple[rm.MaskDiffusionTransformer, float, bool]  # with gamma and rota
 
 def revise_boards(
     trained: Trained, start: Tensor, max_turns: int = 32, reveal: int | None = None,
-    solve: bool = False, rule: Callable | None = None,
+    solve: bool = False, rule: Callable | None = None, doubt: float = 0.0,
 ) -> rm.Revision:  # fmt: skip
-    """rm.revise of boards, int64 [B, 81], with its trace; solve locks their clues."""
+    """rm.revise of boards, int64 [B, 81], with its trace.
+
+    solve locks their clues.  doubt is added to MASK's logit (nats).
+    """
     model, gamma, rotate = trained
+    raised = doubt * F.one_hot(torch.tensor(MASK, device=model.embedding.device), 10)
     history = HistoryReference(model.embedding.detach(), gamma, rotate)
     start = start.to(model.embedding.device)
     editable = (start == MASK) | (not solve)
     # With history, or a rule that knows its turn, a state that returns is no dead end.
     patience = max_turns if gamma or rule else None
     how = {"trace": True, "patience": patience, "rule": rule}
-    return rm.revise(model, start, MASK, history, max_turns, editable, reveal, **how)
+    denoiser = lambda x: model(x) + raised
+    return rm.revise(denoiser, start, MASK, history, max_turns, editable, reveal, **how)
 
 
-def evaluate(
-    trained: Trained, clean: Tensor, start: Tensor, max_turns: int = 32,
-    make_rule: Callable[[int], Callable] | None = None, **how,
-) -> dict:  # fmt: skip
+def evaluate(trained: Trained, clean: Tensor, start: Tensor, max_turns: int = 32, **how) -> dict:
     """The four metrics of revising start towards clean, int64 [n, 81] both; shares as fractions.
 
-    make_rule: a baseline's, None for Eq. 1.  how: reveal and solve, of revise_boards.
-    right: a character a board, "1" where exact, for paired tests.
+    how: of revise_boards.  right: a character a board, "1" where exact, for paired tests.
     """
     began = time.perf_counter()
     results = []
     mistakes = []
     for rows in torch.arange(len(clean)).split(500):  # boards at a time
-        rule = make_rule(max_turns) if make_rule else None
-        result = revise_boards(trained, start[rows], max_turns, rule=rule, **how)
+        result = revise_boards(trained, start[rows], max_turns, **how)
         results.append(result)
         mistakes.append(replay_mistakes(result.trace.cpu(), clean[rows]))
 
@@ -356,6 +344,7 @@ def evaluate(
         "remasked_wrong_cells": remasked,
         "max_turns": max_turns,
         "reveal": how.get("reveal"),
+        "doubt": how.get("doubt", 0.0),
         "mean_turns": sum(turn for result in results for turn in result.turns) / n,
         "params": sum(p.numel() for p in trained[0].parameters()),
         "seconds": time.perf_counter() - began,
@@ -423,7 +412,7 @@ def train_variant(
         run.notes["planned"] = steps or steps_in(minutes, trial)
     steps = run.notes["planned"]
     every = max(1, min(250, steps // 8))
-    how = {"max_turns": max_turns, "make_rule": usual_rule(variant)}
+    how = {"max_turns": max_turns, "rule": RULES.get(variant)}
     for step, stats in rm.train(model, sample, steps, MASK, **options, **run.files(every)):
         if step % every == 0 or step == steps:
             score = evaluate((model, gamma, rotate), held_out, start, **how)
@@ -625,6 +614,7 @@ def parse_options():
         modes=("evaluate",), help="wrong cells (default 4 20)")  # fmt: skip
     add("--max-turns", type=count, help="forward passes (default 32; one a turn 100)")
     add("--reveal", type=cells, help="most reveals a turn, surest first; 0: all (0; solving 1)")
+    add("--doubt", type=rm.number(float, 0, 100), help=f"nats, see DOUBT (0; one a turn {DOUBT})")
     options.general("runs/sudoku", "of training; with --evaluate of the test boards",
                     ("train",), ("train", "evaluate"))  # fmt: skip
     args = options.parse(lambda args: next((m for m in used if m in args.given), "train"))
@@ -640,6 +630,8 @@ def parse_options():
     solving = args.mode in ("solve", "puzzles")
     args.reveal = int(solving) if args.reveal is None else args.reveal
     args.max_turns = args.max_turns or (100 if args.reveal else 32)
+    if args.doubt is None:
+        args.doubt = DOUBT if args.reveal else 0.0
     return args
 
 
@@ -664,34 +656,34 @@ def use_checkpoint(args, device: torch.device) -> dict:
     model, info = rm.load_checkpoint(args.checkpoint, "sudoku", device, needs)
     if (model.config.vocabulary, model.config.length) != (10, 81):
         raise InputError(f"{args.checkpoint} is of boards that are not 9x9")
-    make_rule = usual_rule(info["variant"])
-    if make_rule and (args.mode != "evaluate" or args.reveal):
+    rule = RULES.get(info["variant"])
+    if rule and (args.mode != "evaluate" or args.reveal):
         raise InputError(f"{args.checkpoint} has no Eq. 1: --evaluate it, without --reveal")
     trained = (model, info["gamma"], info["rotate"])
-    how = {"max_turns": args.max_turns, "reveal": args.reveal or None}
-    about = {"checkpoint": args.checkpoint.name, "provenance": rm.provenance()}
     solve = args.mode in ("solve", "puzzles")
+    how = {"max_turns": args.max_turns, "reveal": args.reveal or None, "doubt": args.doubt}
+    how |= {"solve": solve}
     if args.mode in ("revise", "solve"):
-        board = parse_board(args.solve or args.revise, puzzle=solve)
-        return show_revision(trained, board, **how, solve=solve)
+        return show_revision(trained, parse_board(args.solve or args.revise, puzzle=solve), **how)
+
     if solve:
         start, clean = read_boards(args.puzzles, args.n, solved=False)
+    elif args.boards:
+        _, clean = read_boards(args.boards, args.n, solved=True)
     else:
-        if args.boards:
-            _, clean = read_boards(args.boards, args.n, solved=True)
-        else:
-            clean = random_boards(args.n, TEST_SEED + args.seed)
+        clean = random_boards(args.n, TEST_SEED + args.seed)
+    if not solve:
         start = corrupt(clean, TEST_SEED + args.seed, *args.corrupt)
-    score = evaluate(trained, clean, start, make_rule=make_rule, solve=solve, **how)
+    score = evaluate(trained, clean, start, rule=rule, **how)
     if solve:
         if (clean == MASK).any():  # what compares with the truth is not known
             truth = ("exact", "ci95_exact", "replay_mistake", "remasked_wrong_cells", "right")
             score |= dict.fromkeys(truth)
         score |= {"solved": score["valid"], "ci95_solved": score["ci95_valid"]}
-        turns = f"{score['mean_turns']:.1f} turns"
-        print(f"solved {score['solved']:.1%} of {score['n']} puzzles in {turns}")
+        print("solved {solved:.1%} of {n} puzzles in {mean_turns:.1f} turns".format(**score))
     else:
-        print_table({f"{'baseline' if make_rule else 'ours'}, {info['variant']}": score})
+        print_table({f"{'baseline' if rule else 'ours'}, {info['variant']}": score})
+    about = {"checkpoint": args.checkpoint.name, "provenance": rm.provenance()}
     return {**score, "seed": args.seed, "boards": rm.fingerprint(start, clean), **about}
 
 

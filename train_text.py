@@ -602,15 +602,10 @@ def reveal_trajectory(
 # Decoding and scores
 
 
-def even_reveal(passes: int) -> Callable[..., Tensor]:
+def even_reveal(logits, tokens, mask_id, editable, turn: int, max_turns: int) -> Tensor:
     """LLaDA's rule for rm.revise: the most confident masks, spread evenly over the turns left."""
-    left = iter(range(passes, 0, -1))
-
-    def rule(logits: Tensor, tokens: Tensor, mask_id: int, editable: Tensor, reveal: None):
-        count = -(-(tokens == mask_id).sum(-1) // next(left))  # rounded up
-        return rm.decide(logits, tokens, mask_id, editable, count, allow_remask=False)
-
-    return rule
+    count = -(-(tokens == mask_id).sum(-1) // (max_turns + 1 - turn))  # rounded up
+    return rm.decide(logits, tokens, mask_id, editable, count, allow_remask=False)
 
 
 def decode(
@@ -636,7 +631,7 @@ def decode(
 
     for part in rows.to(device).split(256):
         history = HistoryReference(model.embedding.detach(), info["gamma"], info["rotate"])
-        rule = None if revises else even_reveal(passes)
+        rule = None if revises else even_reveal
         yield rm.revise(denoiser, part, MASK, history, passes, editable, reveal, True, rule=rule)
 
 

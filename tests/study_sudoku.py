@@ -34,8 +34,8 @@ def study_turns(trained: tuple, n: int, how: dict) -> list[dict]:
     clean = random_boards(n, TEST_SEED)
     start = corrupt(clean, TEST_SEED)
     limits = [t for t in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 100) if t <= how["max_turns"]]
-    score = partial(evaluate, trained, clean, start, reveal=how["reveal"])
-    return [{"turns": turns, **score(max_turns=turns)} for turns in limits]
+    score = partial(evaluate, trained, clean, start)
+    return [{"turns": turns, **score(**{**how, "max_turns": turns})} for turns in limits]
 
 
 def study_severity(trained: tuple, n: int, how: dict) -> list[dict]:
@@ -66,7 +66,7 @@ def study_clues(trained: tuple, n: int, how: dict) -> list[dict]:
 def study_calibration(trained: tuple, n: int, how: dict) -> list[dict]:
     """p(x) at visible cells in all turns, in 20 bins, against the share of right ones in each.
 
-    p(x) should be the probability that x is right, and p(x) + p(M) be 1.
+    p(x) should be the probability that x is right, and p(x) + p(M) be 1; doubt is not in p.
     """
     model, gamma, rotate = trained
     clean = random_boards(n, TEST_SEED)
@@ -165,13 +165,14 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, default=shipped, help="default: the shipped one")
     parser.add_argument("--n", type=int, default=2000, help="boards (default 2000)")
     parser.add_argument("--reveal", type=int, default=1, help="reveals a turn; 0: all (default 1)")
+    parser.add_argument("--doubt", type=float, default=sudoku.DOUBT, help="for MASK's logit")
     parser.add_argument("--max-turns", type=int, default=100, help="default 100")
     parser.add_argument("--out", type=Path, default=ROOT / "results", help="default results/")
     args = parser.parse_args()
 
     model, info = rm.load_checkpoint(args.checkpoint, "sudoku", needs=("gamma", "rotate"))
     trained = (model, info["gamma"], info["rotate"])
-    how = {"max_turns": args.max_turns, "reveal": args.reveal or None}
+    how = {"max_turns": args.max_turns, "reveal": args.reveal or None, "doubt": args.doubt}
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / f"sudoku_{args.name}"
     if args.name == "board":

@@ -222,8 +222,8 @@ def test_evaluation_of_an_oracle_and_of_doing_nothing():
     truth.forward = lambda x: torch.nn.functional.one_hot(clean[: len(x)], 10).float()
     for decoding in sudoku.DECODINGS["direct"].values():
         assert sudoku.evaluate((truth, 0.0, False), clean, start, **decoding)["exact"] == 1
-    idle = lambda turns: lambda logits, tokens, mask_id, **_: tokens
-    score = sudoku.evaluate((Oracle(clean), 0.0, False), clean, start, make_rule=idle)
+    idle = lambda logits, tokens, mask_id, **_: tokens
+    score = sudoku.evaluate((Oracle(clean), 0.0, False), clean, start, rule=idle)
     assert score["exact"] == 0 and score["mean_turns"] == 1
     assert score["conflict_cells"] == pytest.approx(sudoku.conflicts(start).sum().item() / 6)
 
@@ -255,16 +255,15 @@ def test_low_confidence_follows_its_schedule_and_respects_locks():
     tokens = torch.randint(1, 10, (4, 81))
     logits = torch.randn(4, 81, 10)
     free = torch.ones(4, 81, dtype=torch.bool)
-    rule = sudoku.low_confidence(10)
     states = [tokens]
-    for _ in range(10):
-        states.append(rule(logits, states[-1], sudoku.MASK, editable=free))
+    for turn in range(1, 11):
+        states.append(sudoku.low_confidence(logits, states[-1], sudoku.MASK, free, turn, 10))
     masked = [(state == sudoku.MASK).sum(-1).tolist() for state in states[1:]]
     assert masked == [[n] * 4 for n in (18, 0, 14, 0, 10, 0, 6, 0, 2, 0)]
     p = logits[..., 1:].softmax(-1).gather(-1, tokens.unsqueeze(-1) - 1).squeeze(-1)
     assert torch.equal(states[1] == sudoku.MASK, p <= p.sort(-1).values[:, 17:18])
     free[:, 5:50] = False
-    locked = sudoku.low_confidence(10)(logits, tokens, sudoku.MASK, editable=free)
+    locked = sudoku.low_confidence(logits, tokens, sudoku.MASK, free, 1, 10)
     assert torch.equal(locked[~free], tokens[~free]) and (locked == sudoku.MASK).any()
 
 
