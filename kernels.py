@@ -5,17 +5,14 @@
     3. history_step, history_sum   Eq. 2 as the O(1) recurrence, and as the closed sum with gradient
     4. revision_cross_entropy      the three losses with gradient, from logits or hidden states
 
-"Multi-Turn Reflective Masking Elicits Reasoning in Mask Diffusion Models" (Zhang et al., 2026,
-arXiv 2606.16700).  The definitions are history.py (Eq. 2) and reflective_masking.py (Eq. 1, the
-losses); they hand over to this file on a GPU.  This file imports nothing of the project.  Each
-section reads: what it computes, what it costs, the kernel, the public function.
+They stand in for history.py (Eq. 2) and reflective_masking.py (Eq. 1, the losses) on a GPU; this
+file imports nothing of the project, and itself without triton.  TRITON_INTERPRET=1, set before the
+import, runs the kernels on CPU tensors.
 
-The file imports without triton; its operations are then never called.  TRITON_INTERPRET=1, set
-before the import, runs the kernels on CPU tensors.  Inputs are float32, bfloat16 or float16 and
-never written; arithmetic is float32.  Wrong shapes, dtypes and devices are a ValueError that names
-the argument, before any launch.  Ids out of range are one too on CPU; on a GPU that check would
-wait for the device, so there such an id reads nothing: its position is kept, adds no history, or
-has loss NaN.
+Inputs are float32, bfloat16 or float16 and never written; arithmetic is float32.  Wrong shapes,
+dtypes and devices are a ValueError that names the argument, before any launch.  Ids out of range
+are one too on CPU; on a GPU that check would wait for the device, so there such an id reads
+nothing: its position is kept, adds no history, or has loss NaN.
 """
 
 import contextlib
@@ -32,7 +29,7 @@ try:
 
     jit = triton.jit
     INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: on CPU tensors, slowly
-except ImportError:  # the kernels below are then never called
+except ImportError:
     triton, tl, INTERPRETED = None, types.SimpleNamespace(constexpr=lambda value: value), False
 
     def jit(kernel: Callable | None = None, **options) -> Callable:
@@ -41,7 +38,6 @@ except ImportError:  # the kernels below are then never called
 
 NO_TOKEN = tl.constexpr(2**31 - 1)  # "none yet"; greater than any id, so that min() prefers ids
 LOG2_E = tl.constexpr(1.4426950408889634)
-WORKSPACE = 2**28  # bytes of logits that decide_from_hidden holds at a time
 IGNORE = -1  # roles, as the oracle action gives them: 0 reveal, 1 re-mask, 2 keep, -1 no loss
 
 
@@ -50,27 +46,15 @@ IGNORE = -1  # roles, as the oracle action gives them: 0 reveal, 1 re-mask, 2 ke
 
 
 def use_triton(impl: str | None, x: Tensor) -> bool:
-    """Whether an operation on x runs here; None: on CUDA tensors with triton, float64 excepted.
-
-    Raises ValueError when impl, "torch", "triton" or None, asks for the impossible.
+    """Whether an operation on x runs here: impl "torch" or "triton" decides, None takes triton on
+    CUDA tensors but for float64.  ValueError when impl asks for the impossible.
     """
     require(impl in (None, "torch", "triton"), f"impl must be 'torch' or 'triton', got {impl!r}")
     possible = triton is not None and (x.is_cuda or INTERPRETED) and x.dtype != torch.float64
-    if impl == "triton" and not possible:
-        raise ValueError(
-            "impl 'triton' needs triton, CUDA tensors (or TRITON_INTERPRET=1) and float32, "
-            f"bfloat16 or float16; got {x.dtype} on {x.device}, triton "
-            f"{'absent' if triton is None else triton.__version__}"
-        )
+    needs = "triton, CUDA tensors (or TRITON_INTERPRET=1) and float32, bfloat16 or float16"
+    fits = possible or impl != "triton"
+    require(fits, f"impl 'triton' needs {needs}, got {x.dtype} on {x.device}")
     return possible and (impl == "triton" or (impl is None and x.is_cuda))
-
-
-def which_path(device: torch.device | str) -> str:
-    """One line that says what runs on a device with impl=None."""
-    if use_triton(None, torch.empty(0, device=device)):
-        return f"kernels: triton {triton.__version__} on {torch.cuda.get_device_name(device)}"
-    why = "triton is not installed" if triton is None else "kernels need a CUDA device"
-    return f"kernels: PyTorch {torch.__version__} on {device} ({why})"
 
 
 def require(condition: bool, message: str) -> None:
@@ -81,6 +65,14 @@ def require(condition: bool, message: str) -> None:
 def check_floating(name: str, x: Tensor) -> None:
     fits = x.is_floating_point() and x.dtype.itemsize >= 2
     require(fits, f"{name} must be floating point, got {x.dtype}")
+
+
+def check_tensor(
+    name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> None:
+    fits = [*x.shape] == [*shape] and (x.dtype, x.device) == (dtype, device)
+    got = f"{[*x.shape]}, {x.dtype} on {x.device}"
+    require(fits, f"{name} must be {[*shape]}, {dtype} on {device}, got {got}")
 
 
 def check_ids(
@@ -102,14 +94,10 @@ def check_ids(
 
 
 def check_head(head: Tensor, bias: Tensor | None, x: Tensor) -> None:
-    """The output weight [V, D] and its bias [V] or None, of the dtype and device of x [..., D]."""
-    kind = x.dtype, x.device
-    fits = head.ndim == 2 and head.shape[1:] == x.shape[-1:] and (head.dtype, head.device) == kind
-    want = f"[V, {x.shape[-1]}], {x.dtype} on {x.device} as hidden is"
-    require(fits, f"head must be {want}, got {[*head.shape]}, {head.dtype} on {head.device}")
+    """The output weight [V, D] and its bias [V] or None, as the hidden states x [..., D] are."""
+    check_tensor("head", head, head.shape[:1] + x.shape[-1:], x.dtype, x.device)
     if bias is not None:
-        fits = bias.shape == head.shape[:1] and (bias.dtype, bias.device) == kind
-        require(fits, f"bias must be [{len(head)}] and as head is, got {[*bias.shape]}")
+        check_tensor("bias", bias, head.shape[:1], x.dtype, x.device)
 
 
 def check_decision(
@@ -123,13 +111,11 @@ def check_decision(
     check_ids("tokens", tokens, x.shape[:-1], x.device, 0, vocabulary)
     if editable is None:
         return None
-    fits = (editable.dtype, editable.device) == (torch.bool, x.device)
     sizes = zip(editable.shape[::-1], tokens.shape[::-1])
-    fits &= editable.ndim <= tokens.ndim and all(size in (1, full) for size, full in sizes)
-    want = f"bool on {x.device} and broadcast to tokens {[*tokens.shape]}"
-    got = f"{[*editable.shape]}, {editable.dtype} on {editable.device}"
-    require(fits, f"editable must be {want}, got {got}")
-    return editable.expand_as(tokens)
+    if editable.ndim <= tokens.ndim and all(size in (1, full) for size, full in sizes):
+        editable = editable.expand_as(tokens)
+    check_tensor("editable", editable, tokens.shape, torch.bool, x.device)
+    return editable.contiguous()
 
 
 def check_history(embedding: Tensor, gamma: float, rotate: bool) -> None:
@@ -144,11 +130,16 @@ def check_history(embedding: Tensor, gamma: float, rotate: bool) -> None:
 
 
 def _launch(kernel: Callable, grid: tuple[int, ...], x: Tensor, *rest, **meta) -> None:
-    """Runs kernel(x, *rest) on x's device, which need not be the current one."""
+    """Runs kernel(x, *rest) on x's device; what an argument None makes needless is not compiled."""
     if 0 not in grid:
         on_device = x.is_cuda and not torch.compiler.is_compiling()
         with torch.cuda.device(x.device) if on_device else contextlib.nullcontext():
             kernel[grid](x, *rest, **meta)
+
+
+def _empty(shape: tuple[int, ...], device: torch.device, *dtypes: torch.dtype) -> list[Tensor]:
+    # One allocation each: a part of one may start off 16 bytes, and each case would compile anew.
+    return [torch.empty(shape, dtype=dtype, device=device) for dtype in dtypes]
 
 
 def _tile(width: int) -> tuple[int, int, int]:
@@ -187,9 +178,11 @@ def _walk(x: Tensor) -> tuple[Tensor, tuple[int, ...], int]:
 # in bf16 is 519 MB, 173 us at 3.0 TB/s, where a float32 softmax of all rows moves over 12 GB.
 #
 # The state of a scan is (top, best, rest): the largest logit, its id, and the sum of
-# exp(logit - top) over the OTHER tokens.  The log-probability of best is -log1p(rest), exact where
-# a float32 probability would round to 1 (gaps beyond 17 nats) and ranks would tie.  Two states
-# merge into one, so rows can be split anywhere.
+# exp(logit - top) over the OTHER tokens.  -log1p(rest) is the log-probability of best, exact where
+# a float32 probability would be 1 (gaps beyond 17 nats) and ranks would tie.  Two states merge into
+# one, so rows can be split anywhere.
+
+STATE = torch.float32, torch.int32, torch.float32
 
 
 @jit
@@ -209,17 +202,10 @@ def _scan(
     HAS_MASK: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     # The states of columns [start, end) of the rows at the pointers line [ROWS]; rows that are not
-    # wanted load nothing.  Every group of GROUP columns, which one thread loads at once, has a
-    # state of its own, so the loop has no reduction across threads.  Instead of an id a state
-    # keeps the place of its group; _first_in_group finds the id at the end.
-    #
-    # Within a group a tournament of maxima and minima finds the largest; each loser of a pair is
-    # exponentiated once.  On sm_90 that makes 165 instructions for 16 bf16 elements in the loss,
-    # 219 in decide, where 32 run in the tile that holds MASK alone: 10 to 12 an element.  An H100
-    # issues 2.9e13 a second, so 5 TB/s of bf16: memory, at 3 TB/s, is the limit.  32 to 56
-    # registers leave 1,024 threads or more a multiprocessor, each with two 16-byte loads in
-    # flight: 32 KB, where 3 TB/s at a latency of 0.8 us want 18.  What remains to the floor is the
-    # start and end of programs.  These are arguments from compiled code, not timings.
+    # wanted load nothing.  Each group of GROUP columns, which one thread loads at once, has a state
+    # of its own, with the place of the group for an id: no reduction across threads in the loop.
+    # Within a group a tournament finds the largest, and each loser of a pair is exponentiated once:
+    # 10 to 12 instructions an element of bf16 on sm_90, so that memory is the limit.
     # A load is 16 bytes only if its mask is constant over them: MASK is replaced after it.
     GROUPS: tl.constexpr = COLUMNS // GROUP
     top = tl.full([ROWS, GROUPS], -float("inf"), tl.float32)
@@ -299,19 +285,18 @@ def _lines(logits, row, length, stride_b, stride_n):
 
 
 @jit
-def _positions(
-    rows, tokens, editable, count, INDEXED: tl.constexpr, LOCKS: tl.constexpr, ROWS: tl.constexpr
-):  # index in the list of rows, whether it exists, its position, the token there, may it change
+def _positions(rows, tokens, editable, count, mask_id, ROWS: tl.constexpr):
+    # Index in the list of rows, does it exist, position, token; may it change, is it then masked.
     index = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = index < count
     row = index
-    if INDEXED:
+    if rows is not None:
         row = tl.load(rows + index, mask=inside, other=0).to(tl.int64)
     token = tl.load(tokens + row, mask=inside, other=0).to(tl.int32)
     free = inside
-    if LOCKS:
+    if editable is not None:
         free = inside & (tl.load(editable + row, mask=inside, other=0) != 0)
-    return index, inside, row, token, free
+    return index, inside, row, token, free, free & (token == mask_id)
 
 
 @jit
@@ -323,13 +308,10 @@ def _store_reveal(row, masked, top, best, rest, mask_id, best_out, confidence_ou
 
 
 @jit
-def _store_visible(
-    row, inside, masked, token, remask, mask_id, best_out, confidence_out, remask_out, following_out
-):
-    tl.store(remask_out + row, remask, mask=inside)
-    tl.store(best_out + row, token, mask=inside & ~masked)
-    tl.store(confidence_out + row, -float("inf"), mask=inside & ~masked)
-    tl.store(following_out + row, tl.where(remask, mask_id, token), mask=inside & ~masked)
+def _store_visible(row, use, token, remask, mask_id, best_out, confidence_out, following_out):
+    tl.store(best_out + row, token, mask=use)
+    tl.store(confidence_out + row, -float("inf"), mask=use)
+    tl.store(following_out + row, tl.where(remask, mask_id, token), mask=use)
 
 
 @jit(do_not_specialize=["count", "length"])
@@ -338,34 +320,33 @@ def _decide_kernel(
     best_out, confidence_out, remask_out, following_out,
     top_out, state_out, rest_out,
     count, length, stride_b, stride_n, stride_v, vocabulary, share, mask_id,
-    INDEXED: tl.constexpr, VISIBLE: tl.constexpr, LOCKS: tl.constexpr, SPLIT: tl.constexpr,
     GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     # Grid: (ROWS positions, parts of a row): a program without a masked position reads two logits
-    # a position and ends.  INDEXED: logits are those of the positions in rows.  VISIBLE: visible
-    # positions too.  SPLIT: each part, of share columns, leaves a state for _merge_kernel.
-    index, inside, row, token, free = _positions(
-        rows, tokens, editable, count, INDEXED, LOCKS, ROWS
+    # a position and ends.  With rows, logits are those of the positions in rows alone; without
+    # remask_out, visible positions are left out; with top_out, each part of a row, of share
+    # columns, leaves a state for _merge_kernel.
+    index, inside, row, token, free, masked = _positions(
+        rows, tokens, editable, count, mask_id, ROWS
     )
-    masked = free & (token == mask_id)
     line = _lines(logits, index, length, stride_b, stride_n)
     part = tl.program_id(1)
-    if VISIBLE:
+    if remask_out is not None:
         if part == 0:
             visible = free & (token != mask_id) & (token >= 0) & (token < vocabulary)
             own = tl.load(line + token.to(tl.int64) * stride_v, mask=visible, other=0.0)
-            at_mask = tl.load(
-                line + tl.cast(mask_id, tl.int64) * stride_v, mask=visible, other=0.0
-            )
+            at_mask = line + tl.cast(mask_id, tl.int64) * stride_v
+            at_mask = tl.load(at_mask, mask=visible, other=0.0)
             remask = visible & (at_mask.to(tl.float32) > own.to(tl.float32))  # Eq. 1, first line
+            tl.store(remask_out + row, remask, mask=inside)
             _store_visible(
-                row, inside, masked, token, remask, mask_id,
-                best_out, confidence_out, remask_out, following_out,
+                row, inside & ~masked, token, remask, mask_id,
+                best_out, confidence_out, following_out,
             )  # fmt: skip
     if tl.max(masked.to(tl.int32), 0) > 0:
         start = 0
         end = vocabulary
-        if SPLIT:
+        if top_out is not None:
             start = part * share
             end = tl.minimum(vocabulary, start + share)
         top, best, rest = _scan(
@@ -373,7 +354,7 @@ def _decide_kernel(
         )
         if GROUP > 1:
             best = _first_in_group(line, masked, top, best, vocabulary, mask_id, stride_v, GROUP)
-        if SPLIT:
+        if top_out is not None:
             at = index * tl.num_programs(1) + part
             tl.store(top_out + at, top, mask=masked)
             tl.store(state_out + at, best, mask=masked)
@@ -388,14 +369,10 @@ def _decide_kernel(
 def _merge_kernel(
     top_in, best_in, rest_in, rows, tokens, editable,
     best_out, confidence_out, following_out,
-    count, chunks, mask_id,
-    INDEXED: tl.constexpr, LOCKS: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr,
+    count, chunks, mask_id, ROWS: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     # Grid: one program per ROWS rows: merges the states of a row, always in the same order.
-    index, inside, row, token, free = _positions(
-        rows, tokens, editable, count, INDEXED, LOCKS, ROWS
-    )
-    masked = free & (token == mask_id)
+    index, _, row, _, _, masked = _positions(rows, tokens, editable, count, mask_id, ROWS)
     chunk = tl.arange(0, CHUNKS)[None, :]
     at = index[:, None] * chunks + chunk
     use = masked[:, None] & (chunk < chunks)
@@ -414,21 +391,12 @@ def _merge(states, rows, tokens, editable, mask_id, decision) -> None:
     tile = max(1, 64 // merged)
     _launch(
         _merge_kernel, (triton.cdiv(count, tile),),
-        *states, tokens if rows is None else rows, tokens,
-        tokens if editable is None else editable, best, confidence, following,
-        count, chunks, mask_id,
-        INDEXED=rows is not None, LOCKS=editable is not None, ROWS=tile, CHUNKS=merged,
-        num_warps=1 if merged <= 128 else 4,
+        *states, rows, tokens, editable, best, confidence, following, count, chunks, mask_id,
+        ROWS=tile, CHUNKS=merged, num_warps=1 if merged <= 128 else 4,
     )  # fmt: skip
 
 
-def _new_states(count: int, chunks: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    # Three allocations: a half of one may start off 16 bytes, and each case would compile anew.
-    dtypes = torch.float32, torch.int32, torch.float32
-    return tuple(torch.empty(count, chunks, dtype=dtype, device=device) for dtype in dtypes)
-
-
-def _decide_rows(logits, rows, tokens, editable, mask_id, decision, visible) -> None:
+def _decide_rows(logits, rows, tokens, editable, mask_id, decision) -> None:
     """Eq. 1 into decision, where logits [..., V] are those of all positions or of rows alone."""
     x, walk, group = _walk(logits)
     vocabulary = walk[-1]
@@ -441,54 +409,45 @@ def _decide_rows(logits, rows, tokens, editable, mask_id, decision, visible) -> 
     parts = max(1, min(4096 // max(1, programs), vocabulary // (2 * columns)))
     share = triton.cdiv(triton.cdiv(vocabulary, parts), columns) * columns
     parts = triton.cdiv(vocabulary, share)
-    states = decision[:3]  # what is not given is never touched: any pointer will do
-    if parts > 1:
-        states = _new_states(count, parts, x.device)
+    states = _empty((count, parts), x.device, *STATE) if parts > 1 else (None, None, None)
 
     _launch(
         _decide_kernel, (programs, parts),
-        x, tokens if rows is None else rows, tokens, tokens if editable is None else editable,
-        *decision, *states, count, *walk, share, mask_id,
-        INDEXED=rows is not None, VISIBLE=visible, LOCKS=editable is not None, SPLIT=parts > 1,
+        x, rows, tokens, editable, *decision, *states, count, *walk, share, mask_id,
         GROUP=group, ROWS=tile, COLUMNS=columns, num_warps=warps,
     )  # fmt: skip
     if parts > 1:
         _merge(states, rows, tokens, editable, mask_id, decision)
 
 
-def _new_decision(tokens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dtypes = tokens.dtype, torch.float32, torch.bool, tokens.dtype
-    return tuple(torch.empty(tokens.shape, dtype=d, device=tokens.device) for d in dtypes)
+def _new_decision(tokens: Tensor) -> list[Tensor]:
+    ids = tokens.dtype
+    return _empty(tokens.shape, tokens.device, ids, torch.float32, torch.bool, ids)
 
 
 @torch.no_grad()
 def decide_from_logits(
     logits: Tensor, tokens: Tensor, mask_id: int, editable: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Eq. 1 at every position, from logits: keep, re-mask, or reveal with a confidence to rank by.
+    """Eq. 1 at every position, from logits: (best, confidence, remask, following).
 
     logits: float [..., V], any strides.  tokens: int32 or int64 [...].  editable: bool,
-    broadcastable to tokens; elsewhere the token stays.
-    Returns, each of tokens' shape, without gradient,
-      best        the revealed token where masked and editable, elsewhere the token; tokens' dtype
-      confidence  there best's log-probability among the tokens without MASK, elsewhere -inf, so
-                  that it ranks the reveals as it is; float32
-      remask      bool: visible and editable, and MASK is likelier
+    broadcastable to tokens; elsewhere the token stays.  Returns, of tokens' shape, no gradient,
+      best        the token; where masked and editable the likeliest but MASK, the lowest id of ties
+      confidence  float32: there best's log-probability among the tokens without MASK, to rank the
+                  reveals by; elsewhere -inf
+      remask      bool: visible and editable, and logit[M] > logit[x]
       following   the next tokens
-    Ties go to the lowest id.  logit[M] = logit[x] keeps.  NaN: at x or M it never re-masks
-    (comparisons are false); at a masked position the first NaN among the tokens is the best, with
-    confidence NaN, as in torch's argmax and softmax.  Two or more +inf, or a row of -inf, have
-    confidence NaN; the latter reveals the lowest id.  MASK is never revealed, and its logit does
-    not count at masked positions.
+    NaN at x or M never re-masks; at a masked position the first NaN is the best, with confidence
+    NaN, as in torch's argmax and softmax.  Two or more +inf, or a row of -inf, have confidence NaN;
+    the latter reveals the lowest id.
     """
     vocabulary = logits.shape[-1] if logits.ndim else 0
     editable = check_decision("logits", logits, vocabulary, tokens, mask_id, editable)
     use_triton("triton", logits)
     decision = _new_decision(tokens)
-    if editable is not None:
-        editable = editable.contiguous()
-    _decide_rows(logits, None, tokens.contiguous(), editable, mask_id, decision, visible=True)
-    return decision
+    _decide_rows(logits, None, tokens.contiguous(), editable, mask_id, decision)
+    return tuple(decision)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -503,28 +462,27 @@ def decide_from_logits(
 # 2.12 TFLOP, 2.7 ms at 790 TFLOP/s, four times less than all logits.  Under some 263 masked rows
 # reading W is the floor: 345 us.
 #
-# So the visible rows get their product, and the masked ones are gathered.  Few of them: one fused
-# kernel, whose programs share the vocabulary out and leave a state (top, best, rest) each, merged
-# in order.  Many: the library's matrix product, a block of rows at a time, then operation 1.
-# The fused kernel reads tiles of W and of h through L2: 64 x 128 tiles make 43 operations a byte,
-# 0.24 PFLOP/s at 5.5 TB/s, and W once a row tile.  One row tile (64 rows) hides behind reading W
-# from memory; four (256 rows) move 6.1 GB, 1.1 ms, where the library takes 0.5.
+# The visible rows get their product; the masked ones are gathered.  Few of them: one fused kernel,
+# whose programs share the vocabulary out and leave a state each, merged in order.  Many: the
+# library's product, a block of rows at a time, then operation 1.  The fused kernel is bound by L2
+# from its second row tile on, and the product is faster there.
 
-FUSED_ROWS = 64  # one row tile; beyond, the library's product is faster
+FUSED_ROWS = 64  # one row tile
 DENSE_VOCABULARY = 1024  # so few columns: multiply all rows, and do not wait for a row count
 HEAD_COLUMNS = 128  # of a tile of the fused kernel
+BLOCK_ROWS = 256  # a block of the product has a multiple of these, its own tile,
+WORKSPACE = 2**28  # and at most so many bytes of logits, or BLOCK_ROWS where those are more
 
 
 @jit(do_not_specialize=["count"])
 def _remask_kernel(
     hidden, head, bias, tokens, editable,
     best_out, confidence_out, remask_out, following_out,
-    count, width, vocabulary, mask_id,
-    BIAS: tl.constexpr, LOCKS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    count, width, vocabulary, mask_id, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     # Grid: one program per ROWS positions; those that are not visible load nothing.  The
     # difference of two rows of the head: equal rows tie, whatever the rounding.
-    _, inside, row, token, free = _positions(tokens, tokens, editable, count, False, LOCKS, ROWS)
+    _, inside, row, token, free, _ = _positions(None, tokens, editable, count, mask_id, ROWS)
     token = token.to(tl.int64)
     use_row = free & (token != mask_id) & (token >= 0) & (token < vocabulary)
     mask_row = tl.cast(mask_id, tl.int64)
@@ -537,15 +495,13 @@ def _remask_kernel(
         m = tl.load(head + mask_row * width + column, mask=column < width, other=0.0)
         apart += h.to(tl.float32) * (m.to(tl.float32) - x.to(tl.float32))
     gap = tl.sum(apart, 1)
-    if BIAS:
+    if bias is not None:
         own = tl.load(bias + token, mask=use_row, other=0.0).to(tl.float32)
         gap += tl.load(bias + mask_row).to(tl.float32) - own
     remask = use_row & (gap > 0.0)  # Eq. 1, first line
-    nothing = row < 0  # masked positions too: their reveals come later
-    _store_visible(
-        row, inside, nothing, token, remask, mask_id,
-        best_out, confidence_out, remask_out, following_out,
-    )  # fmt: skip
+    # Masked positions too: their reveals come later.
+    tl.store(remask_out + row, remask, mask=inside)
+    _store_visible(row, inside, token, remask, mask_id, best_out, confidence_out, following_out)
 
 
 @jit(do_not_specialize=["count"])
@@ -553,30 +509,25 @@ def _fused_head_kernel(
     hidden, head, bias, rows, tokens, editable,
     top_out, best_out, rest_out,
     count, width, vocabulary, mask_id,
-    BIAS: tl.constexpr, LOCKS: tl.constexpr, UPCAST: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
+    UPCAST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
     # Grid: (row tiles, column tiles); row tiles vary fastest, so those that share columns of the
     # head run together and read them from the cache.  A tile without a masked row does nothing.
-    index, _, row, token, free = _positions(rows, tokens, editable, count, True, LOCKS, ROWS)
-    wanted = free & (token == mask_id)
+    index, _, row, _, _, wanted = _positions(rows, tokens, editable, count, mask_id, ROWS)
     if tl.max(wanted.to(tl.int32), 0) > 0:
         column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
         logits = tl.zeros([ROWS, COLUMNS], tl.float32)
         for start in range(0, width, INNER):
             inner = start + tl.arange(0, INNER)
-            h = tl.load(
-                hidden + row[:, None] * width + inner[None, :],
-                mask=wanted[:, None] & (inner[None, :] < width), other=0.0,
-            )  # fmt: skip
-            w = tl.load(
-                head + column.to(tl.int64)[None, :] * width + inner[:, None],
-                mask=(column[None, :] < vocabulary) & (inner[:, None] < width), other=0.0,
-            )  # fmt: skip
+            use = wanted[:, None] & (inner[None, :] < width)
+            h = tl.load(hidden + row[:, None] * width + inner[None, :], mask=use, other=0.0)
+            use = (column[None, :] < vocabulary) & (inner[:, None] < width)
+            at = head + column.to(tl.int64)[None, :] * width + inner[:, None]
+            w = tl.load(at, mask=use, other=0.0)
             if UPCAST:  # the interpreter multiplies bf16 as bit patterns
                 h, w = h.to(tl.float32), w.to(tl.float32)
             logits = tl.dot(h, w, logits, input_precision="ieee")  # decisions hang on float32
-        if BIAS:
+        if bias is not None:
             b = tl.load(bias + column, mask=column < vocabulary, other=0.0)
             logits += b.to(tl.float32)[None, :]
         ids = column[None, :] + tl.zeros([ROWS, COLUMNS], tl.int32)
@@ -593,27 +544,20 @@ def _reveal_fused(hidden, head, bias, rows, tokens, editable, mask_id, decision)
     (vocabulary, width), count = head.shape, len(rows)
     # 64 x 128 pieces of the head: 16 KB of bf16 a stage, three in flight.  tl.dot wants 16 rows at
     # least; more than 32 of float32 spill on sm_90 and become tf32 on sm_100.
+    short = hidden.dtype.itemsize == 2
     tile = 16 if count <= 16 else 32
-    if count > 32 and hidden.dtype.itemsize == 2:
+    if count > 32 and short:
         tile = 64
     columns = max(16, min(HEAD_COLUMNS, triton.next_power_of_2(vocabulary)))
     chunks = triton.cdiv(vocabulary, columns)  # V = 126464: 988 programs for 132 multiprocessors
-    states = _new_states(count, chunks, head.device)
+    states = _empty((count, chunks), head.device, *STATE)
     _launch(
         _fused_head_kernel, (triton.cdiv(count, tile), chunks),
-        hidden, head, head if bias is None else bias, rows, tokens,
-        tokens if editable is None else editable, *states,
-        count, width, vocabulary, mask_id,
-        BIAS=bias is not None, LOCKS=editable is not None, UPCAST=INTERPRETED,
-        ROWS=tile, COLUMNS=columns, INNER=64 if hidden.dtype.itemsize == 2 else 32,
+        hidden, head, bias, rows, tokens, editable, *states, count, width, vocabulary, mask_id,
+        UPCAST=INTERPRETED, ROWS=tile, COLUMNS=columns, INNER=64 if short else 32,
         num_warps=4, num_stages=3,
     )  # fmt: skip
     _merge(states, rows, tokens, editable, mask_id, decision)
-
-
-def _block_rows(row_bytes: int) -> int:
-    """Rows of logits at a time: as many as WORKSPACE holds, in the products' tiles of 256 rows."""
-    return max(256, WORKSPACE // row_bytes // 256 * 256)
 
 
 @torch.no_grad()
@@ -639,29 +583,26 @@ def decide_from_hidden(
     bias = None if bias is None else bias.contiguous()
     masked = tokens == mask_id
     if editable is not None:
-        editable = editable.reshape(-1).contiguous()
+        editable = editable.view(-1)
         masked = masked & editable
     if max_masked is not None and tokens.device.type == "cpu":
         found = int(masked.sum())
-        message = f"max_masked is {max_masked}, but {found} editable positions are masked"
-        require(found <= max_masked, message)
+        require(found <= max_masked, f"max_masked is {max_masked}, but {found} are masked")
 
-    decision = _new_decision(tokens)
+    best, confidence, _, following = decision = _new_decision(tokens)
     tile, columns, warps = _tile(width)
     _launch(
         _remask_kernel, (triton.cdiv(len(tokens), tile),),
-        hidden, head, head if bias is None else bias, tokens,
-        tokens if editable is None else editable, *decision,
-        len(tokens), width, vocabulary, mask_id,
-        BIAS=bias is not None, LOCKS=editable is not None,
+        hidden, head, bias, tokens, editable, *decision, len(tokens), width, vocabulary, mask_id,
         ROWS=tile, COLUMNS=columns, num_warps=warps,
     )  # fmt: skip
 
-    size = _block_rows(vocabulary * hidden.dtype.itemsize)
+    reveals = best, confidence, None, following  # what the visible positions do is written
+    size = WORKSPACE // (vocabulary * hidden.dtype.itemsize)
+    size = max(BLOCK_ROWS, size // BLOCK_ROWS * BLOCK_ROWS)
     with torch.autocast(hidden.device.type, enabled=False):
         if vocabulary <= DENSE_VOCABULARY and len(tokens) <= size:
-            logits = F.linear(hidden, head, bias)
-            _decide_rows(logits, None, tokens, editable, mask_id, decision, visible=False)
+            _decide_rows(F.linear(hidden, head, bias), None, tokens, editable, mask_id, reveals)
         else:
             if max_masked is None:
                 rows = masked.nonzero().squeeze(1)  # waits for the device
@@ -669,10 +610,10 @@ def decide_from_hidden(
                 rows = (~masked).to(torch.uint8).argsort(stable=True)[:max_masked]
             few = len(rows) <= FUSED_ROWS and width % 16 == 0  # odd widths: narrow loads, spills
             if few:
-                _reveal_fused(hidden, head, bias, rows, tokens, editable, mask_id, decision)
+                _reveal_fused(hidden, head, bias, rows, tokens, editable, mask_id, reveals)
             for block in () if few else rows.split(size):
                 logits = F.linear(hidden[block], head, bias)  # rounded as a model's own logits
-                _decide_rows(logits, block, tokens, editable, mask_id, decision, visible=False)
+                _decide_rows(logits, block, tokens, editable, mask_id, reveals)
     return tuple(x.view(shape) for x in decision)
 
 
@@ -681,15 +622,13 @@ def decide_from_hidden(
 #
 # Computes Eq. 2.  The step:  a(t) = wte(x(t)) + gamma R_(-1) a(t-1), and the RMSNorm of a(t) that
 # the model reads.  The closed sum:  a(t) = sum_{k=0..t} gamma^(t-k) R_(k-t) wte(x(k)), by the same
-# recurrence kept in registers.
+# recurrence kept in registers.  Its gradient:  d wte(x(k)) += gamma^(t-k) R_(t-k) da.
 # R_delta turns the pair (j, j + D/2) by delta * 10000^(-2j/D); R_(-1) takes (u, v) to
 # (u c + v s, v c - u s).
 #
 # Costs: the step reads a(t-1) and one embedding row a position, and writes a(t) and its norm: 4 N D
 # values.  Floor at N = 8192, D = 4096, bf16 with a in float32: 134 us.  The sum reads t + 1
-# embedding rows and writes one.  Re-embedding t states every turn moves about t times as much.
-# Arithmetic is negligible in both.
-# Gradient of the sum:  d wte(x(k)) += gamma^(t-k) R_(t-k) da: a scatter of t + 1 rows a position.
+# embedding rows and writes one; its gradient scatters t + 1.  Arithmetic is negligible.
 
 _ANGLES: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
 
@@ -699,22 +638,15 @@ def _angles(width: int, device: torch.device) -> tuple[Tensor, Tensor]:
 
     A tracer's fake tensors and the memory of a CUDA graph under capture must not outlive them.
     """
-    probe = torch.empty(0, device=device)
-    if torch.compiler.is_compiling() or type(probe) is not Tensor:
-        return _new_angles(width, device)
-    if (width, device) not in _ANGLES:
-        with torch.inference_mode(False):  # else the table could not take part in training later
-            table = _new_angles(width, device)
-        if probe.is_cuda and torch.cuda.is_current_stream_capturing():
-            return table
-        _ANGLES[width, device] = table
-    return _ANGLES[width, device]
-
-
-def _new_angles(width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    real = not torch.compiler.is_compiling() and type(torch.empty(0, device=device)) is Tensor
+    if real and (width, device) in _ANGLES:
+        return _ANGLES[width, device]
     pair = torch.arange(0, width, 2, dtype=torch.float64, device=device)
     angle = 10000.0 ** (-pair / width)
-    return angle.cos().float(), angle.sin().float()
+    table = angle.cos().float(), angle.sin().float()
+    if real and not (pair.is_cuda and torch.cuda.is_current_stream_capturing()):
+        _ANGLES[width, device] = table
+    return table
 
 
 @jit
@@ -733,24 +665,24 @@ def _store_halves(line, column, half, width, use, u, v):
 @jit(do_not_specialize=["count"])
 def _history_kernel(
     states, embedding, cos, sin,
-    past, gradient, sum_out, read_out, table_out,
+    past, sum_out, read_out, gradient, table_out,
     count, turns, width, half, vocabulary, gamma,
-    PAST: tl.constexpr, KEEP: tl.constexpr, BACKWARD: tl.constexpr,
-    ROTATE: tl.constexpr, NORMALIZE: tl.constexpr, ROWS: tl.constexpr, HALF: tl.constexpr,
+    NORMALIZE: tl.constexpr, ROWS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     # Grid: one program per ROWS whole rows, because the norm needs the whole row.  One kernel is
-    # the step (the states are one, PAST adds a(t-1)), the sum, and its gradient: the sum again,
+    # the step (the states are one, and past is a(t-1)), the sum, and its gradient: the sum again,
     # since gathering is cheaper than keeping, then da through the norm, then its terms added to
     # the gradient of the embedding.
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = row < count
     column = tl.arange(0, HALF)[None, :]
     offset = row[:, None] * width
-    c = tl.load(cos + column, mask=column < half, other=0.0)
-    s = tl.load(sin + column, mask=column < half, other=0.0)
+    if cos is not None:
+        c = tl.load(cos + column, mask=column < half, other=0.0)
+        s = tl.load(sin + column, mask=column < half, other=0.0)
     u = tl.zeros([ROWS, HALF], tl.float32)
     v = tl.zeros([ROWS, HALF], tl.float32)
-    if PAST:
+    if past is not None:
         u, v = _load_halves(past + offset, column, half, width, inside)
     state = states + row
     for _ in range(0, turns):  # oldest first
@@ -758,15 +690,17 @@ def _history_kernel(
         state += count
         use = (token >= 0) & (token < vocabulary)  # else it adds nothing
         p, q = _load_halves(embedding + token[:, None] * width, column, half, width, use)
-        if ROTATE:
+        if cos is not None:
             u, v = u * c + v * s, v * c - u * s  # R_(-1)
         u, v = p + gamma * u, q + gamma * v  # Eq. 2
-    if KEEP:
+    if sum_out is not None:
         _store_halves(sum_out + offset, column, half, width, inside, u, v)
     scale = tl.rsqrt((tl.sum(u * u, 1) + tl.sum(v * v, 1)) / width + 1e-6)[:, None]
     if NORMALIZE:
         u, v = u * scale, v * scale
-    if BACKWARD:
+    if gradient is None:
+        _store_halves(read_out + offset, column, half, width, inside, u, v)
+    else:
         p, q = _load_halves(gradient + offset, column, half, width, inside)
         if NORMALIZE:  # y = a r: da = r (g - y mean(g y))
             mean = ((tl.sum(p * u, 1) + tl.sum(q * v, 1)) / width)[:, None]
@@ -778,37 +712,28 @@ def _history_kernel(
             line = table_out + token[:, None] * width + column
             tl.atomic_add(line, p, mask=use & (column < half), sem="relaxed")
             tl.atomic_add(line + half, q, mask=use & (column + half < width), sem="relaxed")
-            if ROTATE:
+            if cos is not None:
                 p, q = p * c - q * s, q * c + p * s  # R_1, the transpose of R_(-1)
             p, q = gamma * p, gamma * q
-    else:
-        _store_halves(read_out + offset, column, half, width, inside, u, v)
 
 
-def _run_history(states, embedding, gamma, rotate, normalize, past=None, keep=False, gradient=None):
-    """(a(t), kept on demand, what is read); or, given the gradient of that, the embedding's."""
-    count, (vocabulary, width), device = states[0].numel(), embedding.shape, embedding.device
-    cos, sin = _angles(width, device)
-    total, read, table = None, None, None
-    if gradient is not None:  # atomic additions, whose order, so the last bit, may vary
-        table = torch.zeros(vocabulary, width, dtype=torch.float32, device=device)
-    else:
-        read = torch.empty(*states.shape[1:], width, dtype=embedding.dtype, device=device)
-        if keep:
-            total = torch.empty(*states.shape[1:], width, dtype=torch.float32, device=device)
-    given = past, gradient, total, read, table  # what is not given is never touched
+def _run_history(states, embedding, gamma, rotate, normalize, past=None, total=None, gradient=None):
+    """What is read of a(t), which goes to total; or, given the gradient of that, the embedding's."""
+    count, (vocabulary, width) = states[0].numel(), embedding.shape
+    cos, sin = _angles(width, embedding.device) if rotate else (None, None)
+    if gradient is None:
+        read, table = embedding.new_empty(*states.shape[1:], width), None
+    else:  # atomic additions, whose order, so the last bit, may vary
+        read, table = None, embedding.new_zeros(vocabulary, width, dtype=torch.float32)
     half = triton.next_power_of_2(max(1, (width + 1) // 2))
     rows = max(1, min(32, 1024 // half))  # a whole row a program at D = 4096, 16 rows at D = 128
     _launch(
         _history_kernel, (triton.cdiv(count, rows),),
-        states.contiguous(), embedding.contiguous(), cos, sin,
-        *(cos if x is None else x.contiguous() for x in given),
+        states.contiguous(), embedding.contiguous(), cos, sin, past, total, read, gradient, table,
         count, len(states), width, (width + 1) // 2, vocabulary, float(gamma),
-        PAST=past is not None, KEEP=keep, BACKWARD=gradient is not None,
-        ROTATE=rotate, NORMALIZE=normalize, ROWS=rows, HALF=half,
-        num_warps=8 if half >= 1024 else 4,
+        NORMALIZE=normalize, ROWS=rows, HALF=half, num_warps=8 if half >= 1024 else 4,
     )  # fmt: skip
-    return (total, read) if gradient is None else table
+    return read if gradient is None else table
 
 
 class _HistorySum(torch.autograd.Function):
@@ -816,12 +741,12 @@ class _HistorySum(torch.autograd.Function):
     def forward(ctx, states, embedding, *settings):
         ctx.save_for_backward(states, embedding)
         ctx.settings = settings  # gamma, rotate, normalize
-        return _run_history(states, embedding, *settings)[1]
+        return _run_history(states, embedding, *settings)
 
     @staticmethod
     def backward(ctx, gradient):
         states, embedding = ctx.saved_tensors
-        table = _run_history(states, embedding, *ctx.settings, gradient=gradient)
+        table = _run_history(states, embedding, *ctx.settings, gradient=gradient.contiguous())
         return None, table.to(embedding.dtype), None, None, None
 
 
@@ -840,15 +765,12 @@ def history_step(
     check_history(embedding, gamma, rotate)
     check_ids("tokens", tokens, None, embedding.device, 0, len(embedding))
     use_triton("triton", embedding)
+    new = embedding.new_empty(*tokens.shape, embedding.shape[1], dtype=torch.float32)
     if a is not None:
-        expected = [*tokens.shape, embedding.shape[1]]
-        kind = a.dtype, a.device
-        fits = [*a.shape] == expected and kind == (torch.float32, embedding.device)
-        got = f"{[*a.shape]}, {a.dtype} on {a.device}"
-        require(fits, f"a must be {expected}, float32 on {embedding.device}, got {got}")
-    past = a if gamma else None
-    states = tokens.unsqueeze(0)
-    return _run_history(states, embedding, gamma, rotate, normalize, past=past, keep=True)
+        check_tensor("a", a, new.shape, torch.float32, embedding.device)
+        a = a.contiguous() if gamma else None
+    read = _run_history(tokens.unsqueeze(0), embedding, gamma, rotate, normalize, a, new)
+    return new, read
 
 
 def history_sum(
@@ -915,9 +837,11 @@ def _of_role(kind, reveal, remask, keep):
 
 
 @jit(do_not_specialize=["count"])
-def _parts_kernel(loss, role, out, count, reveal, remask, keep, BLOCK: tl.constexpr):
+def _parts_kernel(
+    loss, role, total_out, parts_out, count, reveal, remask, keep, BLOCK: tl.constexpr
+):
     # One program, so the order of additions is always the same; 12 bytes a position, 10 us for
-    # 40,000.  Out: total, the three parts, the number of positions with a role.
+    # 40,000.
     kinds = tl.arange(0, 4)
     sums = tl.zeros([4, BLOCK], tl.float32)
     number = tl.zeros([BLOCK], tl.int32)
@@ -930,15 +854,15 @@ def _parts_kernel(loss, role, out, count, reveal, remask, keep, BLOCK: tl.conste
     counted = tl.maximum(tl.sum(number, 0), 1).to(tl.float32)
     parts = tl.sum(sums, 1) / counted
     weighted = tl.where(kinds < 3, parts * _of_role(kinds, reveal, remask, keep), 0.0)
-    tl.store(out, tl.sum(weighted, 0))
-    tl.store(out + 1 + kinds, tl.where(kinds < 3, parts, counted))
+    tl.store(total_out, tl.sum(weighted, 0))
+    tl.store(parts_out + kinds, tl.where(kinds < 3, parts, counted))
 
 
 @jit(do_not_specialize=["count", "length"])
 def _nll_gradient_kernel(
-    logits, target, role, lse, upstream, sums, out,
+    logits, target, role, lse, upstream, parts, out,
     count, length, stride_b, stride_n, stride_v, vocabulary, reveal, remask, keep,
-    SCALED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     # Grid: (row tiles, column tiles), element by element, so out may be logits itself.
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -949,8 +873,8 @@ def _nll_gradient_kernel(
     goal = tl.load(target + row, mask=inside, other=-1)
     shift = tl.load(lse + row, mask=inside, other=0.0)
     weight = _of_role(kind, reveal, remask, keep)
-    if SCALED:
-        weight *= tl.load(upstream).to(tl.float32) / tl.load(sums + 4)
+    if upstream is not None:
+        weight *= tl.load(upstream).to(tl.float32) / tl.load(parts + 3)
     line = _lines(logits, row, length, stride_b, stride_n)
     use = counted[:, None] & (column < vocabulary)
     at = line[:, None] + column.to(tl.int64) * stride_v
@@ -965,8 +889,7 @@ def _nll(logits, target, role) -> tuple[Tensor, Tensor]:
     """(-log p(target), 0 where the role is IGNORE; log sum exp of every row)."""
     x, walk, group = _walk(logits)
     tile, columns, warps = _tile(walk[-1])
-    loss = torch.empty(role.shape, dtype=torch.float32, device=x.device)
-    lse = torch.empty_like(loss)
+    loss, lse = _empty(role.shape, x.device, torch.float32, torch.float32)
     _launch(
         _nll_kernel, (triton.cdiv(role.numel(), tile),),
         x, target, role, loss, lse, role.numel(), *walk,
@@ -975,82 +898,70 @@ def _nll(logits, target, role) -> tuple[Tensor, Tensor]:
     return loss, lse
 
 
-def _parts(loss, role, weights) -> Tensor:
-    """[5]: the total, the three parts, and the number of positions with a role."""
-    out = torch.zeros(5, dtype=torch.float32, device=loss.device)
-    _launch(
-        _parts_kernel, (min(1, role.numel()),), loss, role, out, role.numel(), *weights,
-        BLOCK=2048, num_warps=8,
-    )  # fmt: skip
-    return out
-
-
-def _nll_gradient(logits, target, role, lse, weights, out, scale=None) -> Tensor:
-    """Writes weights[role] (p - onehot) to out, times upstream / number where scale has the two."""
+def _nll_gradient(logits, target, role, lse, weights, out, upstream=None, parts=None) -> None:
+    """Writes weights[role] (p - onehot) to out, times upstream / number where those are given."""
     x, walk, _ = _walk(logits)
     tile, columns, warps = _tile(walk[-1])
     _launch(
         _nll_gradient_kernel, (triton.cdiv(role.numel(), tile), triton.cdiv(walk[-1], columns)),
-        x, target, role, lse, *(scale or (lse, lse)), out, role.numel(), *walk, *weights,
-        SCALED=scale is not None, ROWS=tile, COLUMNS=columns, num_warps=warps,
+        x, target, role, lse, upstream, parts, out, role.numel(), *walk, *weights,
+        ROWS=tile, COLUMNS=columns, num_warps=warps,
     )  # fmt: skip
-    return out
 
 
-class _CrossEntropy(torch.autograd.Function):  # from logits
+def _through_head(hidden, head, bias, target, role, weights, needs) -> tuple[Tensor, list]:
+    """-log p(target) of every row of hidden [N, D], and the gradients, not yet over the number."""
+    pairs = zip((hidden, head, bias), needs)
+    grads = [x.new_zeros(x.shape) if need else None for x, need in pairs]
+    loss = hidden.new_zeros(role.shape, dtype=torch.float32)
+    chunk = max(CHUNK_ROWS, CHUNK_BYTES // (len(head) * hidden.dtype.itemsize))
+    for rows in (role != IGNORE).nonzero().squeeze(1).split(chunk):  # waits for the device
+        x = hidden[rows]
+        logits = F.linear(x, head, bias)
+        goal, kind = target[rows], role[rows]
+        loss[rows], lse = _nll(logits, goal, kind)
+        if any(needs):
+            # logits becomes w[role] (p - onehot).  1/number comes last: fp16 would lose it.
+            _nll_gradient(logits, goal, kind, lse, weights, out=logits)
+        if needs[0]:
+            grads[0][rows] = logits @ head
+        if needs[1]:
+            grads[1].addmm_(logits.T, x)  # one rounding to the head's dtype a chunk
+        if needs[2]:
+            grads[2] += logits.sum(0, dtype=torch.float32)
+        del logits  # before the next chunk's
+    return loss, grads
+
+
+class _CrossEntropy(torch.autograd.Function):  # from logits, or from hidden states with a head
     @staticmethod
-    def forward(ctx, logits, target, role, *weights):
-        loss, lse = _nll(logits, target, role)
-        sums = _parts(loss, role, weights)
-        ctx.save_for_backward(logits, target, role, lse, sums)
-        ctx.weights = weights
-        total, parts = sums[0].clone(), sums[1:4]
+    def forward(ctx, inputs, head, bias, target, role, *weights):
+        if head is None:
+            loss, lse = _nll(inputs, target, role)
+            kept = inputs, target, role, lse
+        else:
+            needs = ctx.needs_input_grad[:3]
+            with torch.autocast(inputs.device.type, enabled=False):
+                loss, kept = _through_head(inputs, head, bias, target, role, weights, needs)
+        total, parts = loss.new_empty(()), loss.new_empty(4)
+        _launch(
+            _parts_kernel, (1,), loss, role, total, parts, role.numel(), *weights,
+            BLOCK=2048, num_warps=8,
+        )  # fmt: skip
+        ctx.save_for_backward(*kept, parts)
+        ctx.weights, ctx.has_head = weights, head is not None
         ctx.mark_non_differentiable(parts)
         return total, parts
 
     @staticmethod
     def backward(ctx, upstream, _):
-        logits, target, role, lse, sums = ctx.saved_tensors
-        out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-        _nll_gradient(logits, target, role, lse, ctx.weights, out, scale=(upstream, sums))
-        return out, None, None, None, None, None
-
-
-class _HeadCrossEntropy(torch.autograd.Function):  # from hidden states [N, D], chunks of rows
-    @staticmethod
-    def forward(ctx, hidden, head, bias, target, role, *weights):
-        needs = ctx.needs_input_grad[:3]
-        grads = [
-            torch.zeros(x.shape, dtype=x.dtype, device=x.device) if need else None
-            for x, need in zip((hidden, head, bias), needs)
-        ]
-        loss = torch.zeros(role.shape, dtype=torch.float32, device=hidden.device)
-        chunk = max(CHUNK_ROWS, CHUNK_BYTES // (len(head) * hidden.dtype.itemsize))
-        for rows in (role != IGNORE).nonzero().squeeze(1).split(chunk):  # waits for the device
-            x = hidden[rows]
-            logits = F.linear(x, head, bias)
-            goal, kind = target[rows], role[rows]
-            loss[rows], lse = _nll(logits, goal, kind)
-            if any(needs):
-                # logits becomes w[role] (p - onehot).  1/number comes last: fp16 would lose it.
-                _nll_gradient(logits, goal, kind, lse, weights, out=logits)
-            if needs[0]:
-                grads[0][rows] = logits @ head
-            if needs[1]:
-                grads[1].addmm_(logits.T, x)  # one rounding to the head's dtype a chunk
-            if needs[2]:
-                grads[2] += logits.sum(0, dtype=torch.float32)
-            del logits  # before the next chunk's
-        sums = _parts(loss, role, weights)
-        ctx.gradients, ctx.count = grads, sums[4]
-        total, parts = sums[0].clone(), sums[1:4]
-        ctx.mark_non_differentiable(parts)
-        return total, parts
-
-    @staticmethod
-    def backward(ctx, upstream, _):
-        factor = upstream / ctx.count
-        gradients = [None if g is None else (g * factor).to(g.dtype) for g in ctx.gradients]
+        *kept, parts = ctx.saved_tensors
+        if ctx.has_head:
+            factor = upstream / parts[3]
+            gradients = [None if x is None else x * factor for x in kept]
+        else:
+            gradients = kept[0].new_empty(kept[0].shape), None, None
+            _nll_gradient(*kept, ctx.weights, gradients[0], upstream, parts)
         return *gradients, None, None, None, None, None
 
 
@@ -1061,14 +972,13 @@ def revision_cross_entropy(
     """Cross-entropy to the oracle action by role: (total, reveal, remask, keep), scalars in nats.
 
     inputs: logits float [..., V]; or, with head, the output weight [V, D], and bias [V] or None,
-    hidden states float [..., D].  target: int32 or int64 [...].  role: the same; 0 reveal,
-    1 re-mask, 2 keep, -1 no loss.  weights: three numbers, of the parts in that order.  A part is
-    the sum over its role's positions divided by the number of positions with any role; an empty
-    role is 0, and so is everything when all is ignored.
-    The total alone has a gradient, to logits, or to hidden, head and bias; for one part use
-    weights like (0, 0, 1).  With head, logits exist for max(2,048 rows, 64 MiB) at a time, and
-    gradients are computed on the way forward; the number of counted rows is asked of the device
-    once, so a CUDA graph and torch.compile(fullgraph=True) refuse.
+    hidden states float [..., D].  target, role: int32 or int64 [...]; role 0 reveal, 1 re-mask,
+    2 keep, -1 no loss.  A part is the sum over its role's positions divided by the number of
+    positions with any role, 0 where there are none; total is their sum by weights, and alone has a
+    gradient, to logits, or to hidden, head and bias.
+    With head, logits exist for max(2,048 rows, 64 MiB) at a time, and gradients are computed on the
+    way forward; the number of counted rows is asked of the device once, so a CUDA graph and
+    torch.compile(fullgraph=True) refuse.
     NaN, +inf and rows of -inf in a counted row propagate as in F.cross_entropy; ignored rows are
     not read.
     """
@@ -1084,12 +994,7 @@ def revision_cross_entropy(
     check_ids("target", target, role.shape, inputs.device, 0, vocabulary, where=role != IGNORE)
     use_triton("triton", inputs)
     weights = [float(w) for w in weights]
-    if head is None:
-        target, role = target.contiguous(), role.contiguous()
-        total, parts = _CrossEntropy.apply(inputs, target, role, *weights)
-    else:
-        rows = inputs.reshape(-1, inputs.shape[-1])
-        target, role = target.reshape(-1).contiguous(), role.reshape(-1).contiguous()
-        with torch.autocast(inputs.device.type, enabled=False):
-            total, parts = _HeadCrossEntropy.apply(rows, head, bias, target, role, *weights)
-    return total, *parts.detach().unbind()
+    target, role = (x.reshape(-1).contiguous() for x in (target, role))
+    rows = inputs if head is None else inputs.reshape(-1, inputs.shape[-1])
+    total, parts = _CrossEntropy.apply(rows, head, bias, target, role, *weights)
+    return total, *parts.detach()[:3].unbind()

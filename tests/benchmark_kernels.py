@@ -391,7 +391,8 @@ def main() -> int:
     if cuda:
         torch.cuda.set_device(options.device)
         name = torch.cuda.get_device_name().replace(" ", "-").lower()
-    print(kernels.which_path(options.device))
+    runs = kernels.use_triton(None, torch.empty(0, device=options.device))
+    print(f"{name}: impl=None runs {'the kernels' if runs else f'PyTorch {torch.__version__}'}")
     bench = Benchmark(options.device, options.smoke)
     shapes = SHAPES if cuda else CPU_SHAPES
     if options.smoke:

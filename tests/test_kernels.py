@@ -134,7 +134,8 @@ def take_path(monkeypatch, path, count=7):
     monkeypatch.setattr(kernels, "DENSE_VOCABULARY", 10**9 if path == "dense" else 0)
     if path.startswith("chunked"):  # several blocks of rows
         monkeypatch.setattr(kernels, "FUSED_ROWS", 0)
-        monkeypatch.setattr(kernels, "_block_rows", lambda row_bytes: 4)
+        monkeypatch.setattr(kernels, "BLOCK_ROWS", 4)
+        monkeypatch.setattr(kernels, "WORKSPACE", 0)
     return {"max_masked": count} if path.endswith("promised") else {}
 
 
@@ -498,7 +499,7 @@ def test_bad_arguments_to_decide():
         (decide_from_logits, (logits, tokens.to("meta"), 0), "tokens"),
         (decide_from_logits, (logits.double(), tokens, 0), "impl"),
         (decide_from_hidden, (hidden, head[0], tokens, 0), "head"),
-        (decide_from_hidden, (hidden, head[:, :3], tokens, 0), "hidden"),
+        (decide_from_hidden, (hidden, head[:, :3], tokens, 0), "head"),
         (decide_from_hidden, (hidden, head.double(), tokens, 0), "head"),
         (decide_from_hidden, (hidden.long(), head, tokens, 0), "hidden"),
         (decide_from_hidden, (hidden, head, tokens[0], 0), "tokens"),
@@ -864,8 +865,7 @@ def test_import_without_triton():
     program = (
         "import sys; sys.modules['triton'] = None\n"
         "import torch, kernels\n"
-        "assert kernels.triton is None and 'PyTorch' in kernels.which_path('cpu')\n"
-        "assert not kernels.use_triton(None, torch.zeros(1))\n"
+        "assert kernels.triton is None and not kernels.use_triton(None, torch.zeros(1))\n"
         "try: kernels.decide_from_logits(torch.eye(3), torch.tensor([2, 2, 0]), 2)\n"
         "except ValueError as error: assert 'triton' in str(error)\n"
         "else: raise SystemExit('ran without triton')\n"
@@ -876,7 +876,7 @@ def test_import_without_triton():
 def test_which_path_runs(monkeypatch):
     x = torch.zeros(1)
     assert not kernels.use_triton(None, x) and not kernels.use_triton("torch", x)
-    assert kernels.use_triton("triton", x) and "PyTorch" in kernels.which_path("cpu")
+    assert kernels.use_triton("triton", x)
     for impl, given in (("fast", x), ("triton", x.double())):
         with pytest.raises(ValueError, match="impl"):
             kernels.use_triton(impl, given)
