@@ -6,7 +6,7 @@ Equation 2 of "Multi-Turn Reflective Masking Elicits Reasoning in Mask Diffusion
     a(t) = sum_{k=0..t}  gamma^(t-k) * R_(k-t) * wte(x(k))     the closed sum: history_embedding
     a(t) = wte(x(t)) + gamma * R_(-1) * a(t-1)                 the same, O(1): HistoryReference
 
-R_delta turns the pair of coordinates (j, j + D/2) by delta * 10000^(-2j/D) (History Embedding
+R_delta rotates the pair of coordinates (j, j + D/2) by delta * 10000^(-2j/D) (History Embedding
 Rotation, HER), so R_a R_b = R_(a+b), and a state's age stays readable from the sum.  Four variants,
 one formula: gamma = 0 is RM without history; gamma = 1 without rotation "HR"; gamma < 1
 "decay"; with rotation "HER", the paper's full method.  kernels.py is what a GPU runs instead.
@@ -23,10 +23,10 @@ ABSENT = -1  # a token id that stands for "no state yet": it adds nothing to the
 
 
 def rotate_pairs(x: Tensor, delta: Tensor | float) -> Tensor:
-    """R_delta x: the pair (j, j + D/2) of the last axis turns by delta * 10000^(-2j/D) radians.
+    """R_delta x, which rotates the pair (j, j + D/2) by delta * 10000^(-2j/D) radians.
 
-    x: float [..., D], D even.  delta: a number, or a tensor that broadcasts against x's [..., 1].
-    Returns x's shape and dtype.  Raises ValueError when D is odd.
+    x: float [..., D], D even (else ValueError).  delta: a number, or a tensor that broadcasts
+    against x's [..., 1].  Returns x's shape and dtype.
     """
     width = x.shape[-1]
     require(width % 2 == 0, f"x must have an even last dimension, got shape {[*x.shape]}")
@@ -59,9 +59,9 @@ def history_embedding(
     states: int64 [t+1, B, N], oldest first, the current state last; ABSENT (-1) where a sequence
     has a shorter history.  embedding: float [V, D].  gamma in [0, 1] (the paper states none); 0
     reads the current state alone.  rotate: HER.  normalize: the RMSNorm (eps 1e-6).  impl: "torch",
-    "triton" or None: triton on a GPU, but for a small vocabulary one product, there too.
-    Returns [B, N, D] in the embedding's dtype; sums in at least float32.  Raises ValueError for
-    wrong shapes, gamma outside [0, 1], odd D with rotate and, on CPU, ids the embedding lacks.
+    "triton" or None, which is triton on a GPU unless the vocabulary is small.  Returns [B, N, D] in
+    the embedding's dtype, summed in float32 or more.  ValueError: wrong shapes, gamma outside
+    [0, 1], odd D with rotate and, on CPU, ids the embedding lacks.
     """
     shape = [*states.shape]
     require(states.ndim == 3 and len(states) > 0, f"states must be [t+1, B, N], got {shape}")
@@ -143,8 +143,8 @@ class HistoryReference:
 
         a = wide(F.embedding(tokens, self.embedding))  # wte(x(t))
         if past is not None:
-            turned = rotate_pairs(past, -1) if self.rotate else past
-            a = a + self.gamma * turned  # Eq. 2: a(t) = wte(x(t)) + gamma R_(-1) a(t-1)
+            rotated = rotate_pairs(past, -1) if self.rotate else past
+            a = a + self.gamma * rotated  # Eq. 2: a(t) = wte(x(t)) + gamma R_(-1) a(t-1)
         self.sum = a
         return (rms_norm(a) if self.normalize else a).to(self.embedding.dtype)
 

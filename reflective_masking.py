@@ -372,7 +372,7 @@ class TransformerConfig:
     coordinates: N rows of K small integers, where each position is along each axis; None: its
     index.  With K >= 2 (ours) every head learns one bias for each combination of coordinates that
     two positions share: same row, same row and column, ...
-    positions: "learned" adds an embedding a coordinate; "both" also turns queries and keys.
+    positions: "learned" adds an embedding a coordinate; "both" also rotates queries and keys.
     """
 
     vocabulary: int  # V, MASK included

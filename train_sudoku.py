@@ -29,6 +29,7 @@ import reflective_masking as rm
 from history import HistoryReference
 from reflective_masking import InputError
 
+HERE = Path(__file__).parent
 MASK = 0
 DIGITS = torch.arange(1, 10)
 ANY = set(range(1, 10))
@@ -610,8 +611,8 @@ def parse_options():
     add("--compile", action="store_true", help="torch.compile (on a CPU it needs a C++ compiler)")
 
     add = options.group("evaluation", *used)
-    shipped = Path(__file__).parent / "checkpoints/sudoku_rm.pt"
-    add("--checkpoint", type=Path, default=shipped, help="default: the shipped one")
+    add("--checkpoint", type=Path, default=HERE / "checkpoints/sudoku_rm.pt",
+        help="default: the shipped one")  # fmt: skip
     add("--boards", type=Path, metavar="FILE", modes=("evaluate",), help="solved, to be corrupted")
     add("--n", type=count, default=2000, modes=("train", "evaluate", "puzzles"),
         help="boards at most (default 2000)")  # fmt: skip
@@ -628,7 +629,7 @@ def parse_options():
         options.error("--minutes has no effect with --steps or --smoke")
     if args.corrupt[0] > args.corrupt[1]:
         options.error(f"--corrupt: {args.corrupt[0]} is more than {args.corrupt[1]}")
-    args.out = args.out or Path("runs/smoke" if args.smoke else "runs/sudoku")
+    args.out = args.out or HERE / ("runs/smoke" if args.smoke else "runs/sudoku")
     tiny = {"steps": 4, "n": 8, "max_turns": 4} if args.smoke else {}
     for name in tiny.keys() - args.given:
         setattr(args, name, tiny[name])
