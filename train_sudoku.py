@@ -135,7 +135,7 @@ def add_clues(puzzle: Tensor, solution: Tensor, count: Tensor | int, generator) 
 def shuffle_symmetries(boards: Tensor, generator: torch.Generator) -> Tensor:
     """Each board under a random symmetry of Sudoku: bands, stacks, lines, transpose, digits.
 
-    boards: int64 [B, 81] or [B, K, 81], K under the same one; MASK stays.  Returns its shape.
+    boards: int64 [B, K, 81], K under the same one; MASK stays.  Returns its shape.
     """
     batch = len(boards)
     uniform = partial(torch.rand, generator=generator, device=boards.device)
@@ -150,9 +150,8 @@ def shuffle_symmetries(boards: Tensor, generator: torch.Generator) -> Tensor:
     cell = torch.where(upright, cell, cell.transpose(1, 2)).view(batch, 1, 81)
     digits = uniform(batch, 9).argsort(-1) + 1  # any order of the nine digits
     digits = F.pad(digits, (1, 0)).unsqueeze(1)  # MASK, 0, stays MASK
-    grids = boards.view(batch, -1, 81)
-    moved = grids.gather(-1, cell.expand_as(grids))
-    return digits.expand(-1, grids.shape[1], -1).gather(-1, moved).view_as(boards)
+    moved = boards.gather(-1, cell.expand_as(boards))
+    return digits.expand(-1, boards.shape[1], -1).gather(-1, moved)
 
 
 def corrupt(clean: Tensor, seed: int, low: int = 4, high: int = 20) -> Tensor:
@@ -413,10 +412,10 @@ def train_variant(
     options |= {"seed": seed, **TRAINING}
     if variant == "direct":
         options["oracle"] = truth_everywhere
-    if "planned" not in run.notes:
+    if not steps and "planned" not in run.notes:
         trial = rm.train(new_model(device), sample, 40, MASK, warmup=40, **options)
-        run.notes["planned"] = steps or steps_in(minutes, trial)
-    steps = run.notes["planned"]
+        run.notes["planned"] = steps_in(minutes, trial)
+    steps = steps or run.notes["planned"]
     every = max(1, min(250, steps // 8))
     how = {"max_turns": max_turns, "rule": RULES.get(variant)}
     for step, stats in rm.train(model, sample, steps, MASK, **options, **run.files(every)):

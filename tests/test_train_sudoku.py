@@ -99,7 +99,7 @@ def test_symmetries_reach_rows_columns_digits_and_transposes_evenly():
     board = torch.zeros(1, 81, dtype=torch.long)
     board[0, 0] = 1  # one mark: where it goes shows the law of rows, columns and digits
     generator = torch.Generator().manual_seed(1)
-    images = sudoku.shuffle_symmetries(board.repeat(8100, 1), generator)
+    images = sudoku.shuffle_symmetries(board.repeat(8100, 1, 1), generator).squeeze(1)
     cells = torch.bincount(images.argmax(-1), minlength=81)
     digits = torch.bincount(images.max(-1).values, minlength=10)[1:]
     assert chi_square(cells, 100) < 80 + 5 * 160**0.5
