@@ -36,8 +36,8 @@ except ImportError:
         return kernel or jit
 
 
+STATE = torch.float32, torch.int32, torch.float32  # of a scan: see section 1
 NO_TOKEN = tl.constexpr(2**31 - 1)  # "none yet"; greater than any id, so that min() prefers ids
-LOG2_E = tl.constexpr(1.4426950408889634)
 IGNORE = -1  # roles, as the oracle action gives them: 0 reveal, 1 re-mask, 2 keep, -1 no loss
 
 
@@ -46,9 +46,7 @@ IGNORE = -1  # roles, as the oracle action gives them: 0 reveal, 1 re-mask, 2 ke
 
 
 def use_triton(impl: str | None, x: Tensor) -> bool:
-    """Whether an operation on x runs here: impl "torch" or "triton" decides, None takes triton on
-    CUDA tensors but for float64.  ValueError when impl asks for the impossible.
-    """
+    """Whether an operation on x runs here; with impl None: if x is on CUDA and not float64."""
     require(impl in (None, "torch", "triton"), f"impl must be 'torch' or 'triton', got {impl!r}")
     possible = triton is not None and (x.is_cuda or INTERPRETED) and x.dtype != torch.float64
     needs = "triton, CUDA tensors (or TRITON_INTERPRET=1) and float32, bfloat16 or float16"
@@ -63,13 +61,11 @@ def require(condition: bool, message: str) -> None:
 
 
 def check_floating(name: str, x: Tensor) -> None:
-    fits = x.is_floating_point() and x.dtype.itemsize >= 2
-    require(fits, f"{name} must be floating point, got {x.dtype}")
+    fits = x.is_floating_point() and x.dtype.itemsize >= 2 and x.ndim >= 1
+    require(fits, f"{name} must be floating point of an axis or more, got {x.dtype} {[*x.shape]}")
 
 
-def check_tensor(
-    name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
-) -> None:
+def check_tensor(name: str, x: Tensor, shape: tuple, dtype: torch.dtype, device: torch.device):
     fits = [*x.shape] == [*shape] and (x.dtype, x.device) == (dtype, device)
     got = f"{[*x.shape]}, {x.dtype} on {x.device}"
     require(fits, f"{name} must be {[*shape]}, {dtype} on {device}, got {got}")
@@ -82,9 +78,7 @@ def check_ids(
     """int32 or int64, of a shape, on a device; on CPU also low <= ids < size (there, if given)."""
     is_integer = ids.dtype in (torch.int32, torch.int64)
     require(is_integer, f"{name} must be int32 or int64, got {ids.dtype}")
-    fits = shape is None or ids.shape == shape
-    require(fits, f"{name} must be of shape {shape and [*shape]}, got {[*ids.shape]}")
-    require(ids.device == device, f"{name} must be on {device}, got {ids.device}")
+    check_tensor(name, ids, ids.shape if shape is None else shape, ids.dtype, device)
     if ids.device.type == "cpu" and not torch.compiler.is_compiling():
         ids = ids if where is None else ids[where]
         if ids.numel():
@@ -105,8 +99,7 @@ def check_decision(
 ) -> Tensor | None:
     """The arguments of Eq. 1; x are logits or hidden states.  Returns editable in tokens' shape."""
     check_floating(name, x)
-    fits = x.ndim >= 1 and vocabulary >= 2
-    require(fits, f"{name} needs a vocabulary of a token and MASK, got {[*x.shape]}")
+    require(vocabulary >= 2, f"{name} needs a vocabulary of a token and MASK, got {[*x.shape]}")
     require(0 <= mask_id < vocabulary, f"mask_id must lie in [0, {vocabulary}), got {mask_id}")
     check_ids("tokens", tokens, x.shape[:-1], x.device, 0, vocabulary)
     if editable is None:
@@ -122,11 +115,10 @@ def check_history(embedding: Tensor, gamma: float, rotate: bool) -> None:
     """An embedding weight [V, D], gamma in [0, 1], an even D where rotate is on."""
     check_floating("embedding", embedding)
     shape = [*embedding.shape]
-    fits = embedding.ndim == 2 and embedding.numel() > 0
-    require(fits, f"embedding must be a weight [V, D], got {shape}")
+    require(len(shape) == 2 and min(shape) > 0, f"embedding must be a weight [V, D], got {shape}")
     require(0 <= gamma <= 1, f"gamma must lie in [0, 1], got {gamma}")
-    fits = not rotate or shape[1] % 2 == 0
-    require(fits, f"embedding must have an even D to rotate, got {shape}")
+    odd = rotate and shape[1] % 2 == 1
+    require(not odd, f"embedding must have an even D to rotate, got {shape}")
 
 
 def _launch(kernel: Callable, grid: tuple[int, ...], x: Tensor, *rest, **meta) -> None:
@@ -143,11 +135,8 @@ def _empty(shape: tuple[int, ...], device: torch.device, *dtypes: torch.dtype) -
 
 
 def _tile(width: int) -> tuple[int, int, int]:
-    """(rows, columns, warps) of a tile that walks rows of the given width.
-
-    Wide rows: 4,096 columns over 8 warps, 16 elements a thread, two 16-byte loads of bf16.
-    Narrow rows (V = 10) share a program, up to 64, since a program for 20 bytes is all overhead.
-    """
+    """(rows, columns, warps) of a tile that walks rows of a width; narrow rows share a program."""
+    # Wide rows: 4,096 columns over 8 warps are two 16-byte loads of bf16 a thread.
     columns = max(16, min(triton.next_power_of_2(width), 4096))
     return max(1, min(64, 2048 // columns)), columns, 8 if columns >= 2048 else 4
 
@@ -173,16 +162,13 @@ def _walk(x: Tensor) -> tuple[Tensor, tuple[int, ...], int]:
 #     x != M:  re-mask if logit[M] > logit[x]       (one softmax: p compares alike)
 #     x  = M:  best = argmax over V without M, and its log-probability there
 #
-# Costs: a visible position needs two logits, a masked one its row.  Bytes = masked * V * itemsize
-# + two sectors of 32 bytes a visible position.  Floor = bytes / bandwidth: 25 % of [8192, 126464]
-# in bf16 is 519 MB, 173 us at 3.0 TB/s, where a float32 softmax of all rows moves over 12 GB.
+# Costs: a visible position two logits, in two sectors of 32 bytes, a masked one its row.  Floor =
+# bytes / bandwidth: 25 % of [8192, 126464] in bf16 is 519 MB, 173 us at 3.0 TB/s.
 #
 # The state of a scan is (top, best, rest): the largest logit, its id, and the sum of
 # exp(logit - top) over the OTHER tokens.  -log1p(rest) is the log-probability of best, exact where
 # a float32 probability would be 1 (gaps beyond 17 nats) and ranks would tie.  Two states merge into
 # one, so rows can be split anywhere.
-
-STATE = torch.float32, torch.int32, torch.float32
 
 
 @jit
@@ -193,20 +179,20 @@ def _halves(x):  # [..., 2] -> the larger (NaN if either is) and the smaller of 
 
 @jit
 def _exp(x):  # tl.exp has three guard instructions more
-    return tl.exp2(x * LOG2_E)
+    return tl.exp2(x * 1.4426950408889634)  # log2(e)
 
 
 @jit
 def _scan(
     line, wanted, start, end, vocabulary, mask_id, stride,
-    HAS_MASK: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    GROUP: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     # The states of columns [start, end) of the rows at the pointers line [ROWS]; rows that are not
     # wanted load nothing.  Each group of GROUP columns, which one thread loads at once, has a state
     # of its own, with the place of the group for an id: no reduction across threads in the loop.
-    # Within a group a tournament finds the largest, and each loser of a pair is exponentiated once:
-    # 10 to 12 instructions an element of bf16 on sm_90, so that memory is the limit.
+    # Within a group a tournament finds the largest, and each loser of a pair is exponentiated once.
     # A load is 16 bytes only if its mask is constant over them: MASK is replaced after it.
+    ROWS: tl.constexpr = line.shape[0]
     GROUPS: tl.constexpr = COLUMNS // GROUP
     top = tl.full([ROWS, GROUPS], -float("inf"), tl.float32)
     place = tl.full([ROWS, GROUPS], NO_TOKEN, tl.int32)
@@ -215,13 +201,12 @@ def _scan(
     for begin in range(start, end, COLUMNS):
         column = begin + tl.arange(0, COLUMNS)[None, :]
         use = wanted[:, None] & (column < vocabulary)
-        if HAS_MASK and GROUP == 1:
+        if mask_id is not None and GROUP == 1:
             use &= column != mask_id
         at = line[:, None] + column.to(tl.int64) * stride
         x = tl.load(at, mask=use, other=-float("inf")).to(tl.float32)
-        if HAS_MASK and GROUP > 1:
-            if (begin <= mask_id) & (mask_id < begin + COLUMNS):
-                x = tl.where(column == mask_id, -float("inf"), x)
+        if mask_id is not None and GROUP > 1 and (begin <= mask_id) & (mask_id < begin + COLUMNS):
+            x = tl.where(column == mask_id, -float("inf"), x)
 
         largest = x
         if GROUP == 8:
@@ -257,9 +242,8 @@ def _collapse(top, best, rest):  # states [R, C] with different bests, in any or
 
 
 @jit
-def _first_in_group(
-    line, wanted, top, place, vocabulary, mask_id, stride, GROUP: tl.constexpr
-):  # the id of the first column of the group at place that holds top, a NaN if top is one
+def _first_in_group(line, wanted, top, place, vocabulary, mask_id, stride, GROUP: tl.constexpr):
+    # The id of the first column of the group at place that holds top, a NaN if top is one.
     column = place[:, None] + tl.arange(0, GROUP)[None, :]
     use = (wanted & (place < NO_TOKEN))[:, None] & (column < vocabulary) & (column != mask_id)
     at = line[:, None] + column.to(tl.int64) * stride
@@ -285,7 +269,7 @@ def _lines(logits, row, length, stride_b, stride_n):
 
 
 @jit
-def _positions(rows, tokens, editable, count, mask_id, ROWS: tl.constexpr):
+def _locate(rows, tokens, editable, count, mask_id, ROWS: tl.constexpr):
     # Index in the list of rows, does it exist, position, token; may it change, is it then masked.
     index = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = index < count
@@ -322,27 +306,21 @@ def _decide_kernel(
     count, length, stride_b, stride_n, stride_v, vocabulary, share, mask_id,
     GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    # Grid: (ROWS positions, parts of a row): a program without a masked position reads two logits
-    # a position and ends.  With rows, logits are those of the positions in rows alone; without
-    # remask_out, visible positions are left out; with top_out, each part of a row, of share
+    # Grid: (ROWS positions, parts of a row).  With rows, logits are those of the positions in rows;
+    # without remask_out, visible positions are left out; with top_out, each part of a row, of share
     # columns, leaves a state for _merge_kernel.
-    index, inside, row, token, free, masked = _positions(
-        rows, tokens, editable, count, mask_id, ROWS
-    )
+    index, inside, row, token, free, masked = _locate(rows, tokens, editable, count, mask_id, ROWS)
     line = _lines(logits, index, length, stride_b, stride_n)
     part = tl.program_id(1)
-    if remask_out is not None:
-        if part == 0:
-            visible = free & (token != mask_id) & (token >= 0) & (token < vocabulary)
-            own = tl.load(line + token.to(tl.int64) * stride_v, mask=visible, other=0.0)
-            at_mask = line + tl.cast(mask_id, tl.int64) * stride_v
-            at_mask = tl.load(at_mask, mask=visible, other=0.0)
-            remask = visible & (at_mask.to(tl.float32) > own.to(tl.float32))  # Eq. 1, first line
-            tl.store(remask_out + row, remask, mask=inside)
-            _store_visible(
-                row, inside & ~masked, token, remask, mask_id,
-                best_out, confidence_out, following_out,
-            )  # fmt: skip
+    if remask_out is not None and part == 0:
+        visible = free & (token != mask_id) & (token >= 0) & (token < vocabulary)
+        own = tl.load(line + token.to(tl.int64) * stride_v, mask=visible, other=0.0)
+        at_mask = line + tl.cast(mask_id, tl.int64) * stride_v
+        at_mask = tl.load(at_mask, mask=visible, other=0.0)
+        remask = visible & (at_mask.to(tl.float32) > own.to(tl.float32))  # Eq. 1, first line
+        tl.store(remask_out + row, remask, mask=inside)
+        use = inside & ~masked
+        _store_visible(row, use, token, remask, mask_id, best_out, confidence_out, following_out)
     if tl.max(masked.to(tl.int32), 0) > 0:
         start = 0
         end = vocabulary
@@ -350,7 +328,7 @@ def _decide_kernel(
             start = part * share
             end = tl.minimum(vocabulary, start + share)
         top, best, rest = _scan(
-            line, masked, start, end, vocabulary, mask_id, stride_v, True, GROUP, ROWS, COLUMNS
+            line, masked, start, end, vocabulary, mask_id, stride_v, GROUP, COLUMNS
         )
         if GROUP > 1:
             best = _first_in_group(line, masked, top, best, vocabulary, mask_id, stride_v, GROUP)
@@ -372,7 +350,7 @@ def _merge_kernel(
     count, chunks, mask_id, ROWS: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     # Grid: one program per ROWS rows: merges the states of a row, always in the same order.
-    index, _, row, _, _, masked = _positions(rows, tokens, editable, count, mask_id, ROWS)
+    index, _, row, _, _, masked = _locate(rows, tokens, editable, count, mask_id, ROWS)
     chunk = tl.arange(0, CHUNKS)[None, :]
     at = index[:, None] * chunks + chunk
     use = masked[:, None] & (chunk < chunks)
@@ -434,8 +412,7 @@ def decide_from_logits(
     logits: float [..., V], any strides.  tokens: int32 or int64 [...].  editable: bool,
     broadcastable to tokens; elsewhere the token stays.  Returns, of tokens' shape, no gradient,
       best        the token; where masked and editable the likeliest but MASK, the lowest id of ties
-      confidence  float32: there best's log-probability among the tokens without MASK, to rank the
-                  reveals by; elsewhere -inf
+      confidence  float32: there its log-probability among the tokens but MASK, elsewhere -inf
       remask      bool: visible and editable, and logit[M] > logit[x]
       following   the next tokens
     NaN at x or M never re-masks; at a masked position the first NaN is the best, with confidence
@@ -456,16 +433,14 @@ def decide_from_logits(
 # Computes the same decision from hidden states h [N, D], the head W [V, D] and its bias b [V]:
 # logit[v] = h . W[v] + b[v].
 #
-# Costs: a visible position the product h . (W[M] - W[x]), 2 D values read (W[M] stays in cache); a
-# masked one 2 V D operations.  Floor: max(2 masked V D / matrix rate,
-# (V D + N D + visible D) itemsize / bandwidth).  At [8192, 4096] with V = 126464 and 25 % masked:
-# 2.12 TFLOP, 2.7 ms at 790 TFLOP/s, four times less than all logits.  Under some 263 masked rows
+# Costs: a visible position the product h . (W[M] - W[x]), a masked one 2 V D operations.  Floor:
+# max(2 masked V D / matrix rate, (V D + N D + visible D) itemsize / bandwidth).  At [8192, 4096]
+# with V = 126464 and 25 % masked: 2.12 TFLOP, 2.7 ms at 790 TFLOP/s.  Under some 263 masked rows
 # reading W is the floor: 345 us.
 #
-# The visible rows get their product; the masked ones are gathered.  Few of them: one fused kernel,
-# whose programs share the vocabulary out and leave a state each, merged in order.  Many: the
-# library's product, a block of rows at a time, then operation 1.  The fused kernel is bound by L2
-# from its second row tile on, and the product is faster there.
+# Few masked rows: one fused kernel, whose programs share the vocabulary out and leave a state each,
+# merged in order.  Many: the library's product, a block of rows at a time, then operation 1; it is
+# faster from the second row tile of the fused kernel on, which L2 bounds there.
 
 FUSED_ROWS = 64  # one row tile
 DENSE_VOCABULARY = 1024  # so few columns: multiply all rows, and do not wait for a row count
@@ -482,7 +457,7 @@ def _remask_kernel(
 ):  # fmt: skip
     # Grid: one program per ROWS positions; those that are not visible load nothing.  The
     # difference of two rows of the head: equal rows tie, whatever the rounding.
-    _, inside, row, token, free, _ = _positions(None, tokens, editable, count, mask_id, ROWS)
+    _, inside, row, token, free, _ = _locate(None, tokens, editable, count, mask_id, ROWS)
     token = token.to(tl.int64)
     use_row = free & (token != mask_id) & (token >= 0) & (token < vocabulary)
     mask_row = tl.cast(mask_id, tl.int64)
@@ -513,7 +488,7 @@ def _fused_head_kernel(
 ):  # fmt: skip
     # Grid: (row tiles, column tiles); row tiles vary fastest, so those that share columns of the
     # head run together and read them from the cache.  A tile without a masked row does nothing.
-    index, _, row, _, _, wanted = _positions(rows, tokens, editable, count, mask_id, ROWS)
+    index, _, row, _, _, wanted = _locate(rows, tokens, editable, count, mask_id, ROWS)
     if tl.max(wanted.to(tl.int32), 0) > 0:
         column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
         logits = tl.zeros([ROWS, COLUMNS], tl.float32)
@@ -542,12 +517,9 @@ def _fused_head_kernel(
 def _reveal_fused(hidden, head, bias, rows, tokens, editable, mask_id, decision) -> None:
     """Writes the reveals of those of the rows that are masked."""
     (vocabulary, width), count = head.shape, len(rows)
-    # 64 x 128 pieces of the head: 16 KB of bf16 a stage, three in flight.  tl.dot wants 16 rows at
-    # least; more than 32 of float32 spill on sm_90 and become tf32 on sm_100.
+    # tl.dot wants 16 rows at least; more than 32 of float32 spill on sm_90, are tf32 on sm_100.
     short = hidden.dtype.itemsize == 2
-    tile = 16 if count <= 16 else 32
-    if count > 32 and short:
-        tile = 64
+    tile = min(max(16, triton.next_power_of_2(count)), 64 if short else 32)
     columns = max(16, min(HEAD_COLUMNS, triton.next_power_of_2(vocabulary)))
     chunks = triton.cdiv(vocabulary, columns)  # V = 126464: 988 programs for 132 multiprocessors
     states = _empty((count, chunks), head.device, *STATE)
@@ -568,8 +540,8 @@ def decide_from_hidden(
     """Eq. 1 from hidden states; logits = hidden @ head.T + bias exist at masked positions only.
 
     hidden: float [..., D].  head: the output weight [V, D], bias: [V]; same dtype and device.
-    tokens, mask_id, editable and what is returned: as in decide_from_logits, NaN and ties too.
-    Workspace: 256 MiB of logits, or 256 rows where that is more.
+    The rest, NaN and ties too: as in decide_from_logits.  Workspace: 256 MiB of logits, or 256 rows
+    where that is more.
     max_masked: a promise that no more than so many positions are masked and editable; further ones
     stay masked (on CPU they are a ValueError).  Without it and for V > 1,024 the row count is asked
     of the device once: a CUDA graph and torch.compile(fullgraph=True) then refuse.
@@ -577,14 +549,12 @@ def decide_from_hidden(
     editable = check_decision("hidden", hidden, len(head), tokens, mask_id, editable)
     check_head(head, bias, hidden)
     use_triton("triton", hidden)
-    shape, (vocabulary, width) = tokens.shape, head.shape
-    hidden = hidden.reshape(tokens.numel(), width).contiguous()
-    head, tokens = head.contiguous(), tokens.reshape(-1).contiguous()
+    count, (vocabulary, width) = tokens.numel(), head.shape
+    hidden = hidden.reshape(count, width).contiguous()
+    head, tokens = head.contiguous(), tokens.contiguous()
     bias = None if bias is None else bias.contiguous()
-    masked = tokens == mask_id
-    if editable is not None:
-        editable = editable.view(-1)
-        masked = masked & editable
+    masked = tokens == mask_id if editable is None else editable & (tokens == mask_id)
+    masked = masked.flatten()
     if max_masked is not None and tokens.device.type == "cpu":
         found = int(masked.sum())
         require(found <= max_masked, f"max_masked is {max_masked}, but {found} are masked")
@@ -592,8 +562,8 @@ def decide_from_hidden(
     best, confidence, _, following = decision = _new_decision(tokens)
     tile, columns, warps = _tile(width)
     _launch(
-        _remask_kernel, (triton.cdiv(len(tokens), tile),),
-        hidden, head, bias, tokens, editable, *decision, len(tokens), width, vocabulary, mask_id,
+        _remask_kernel, (triton.cdiv(count, tile),),
+        hidden, head, bias, tokens, editable, *decision, count, width, vocabulary, mask_id,
         ROWS=tile, COLUMNS=columns, num_warps=warps,
     )  # fmt: skip
 
@@ -601,7 +571,7 @@ def decide_from_hidden(
     size = WORKSPACE // (vocabulary * hidden.dtype.itemsize)
     size = max(BLOCK_ROWS, size // BLOCK_ROWS * BLOCK_ROWS)
     with torch.autocast(hidden.device.type, enabled=False):
-        if vocabulary <= DENSE_VOCABULARY and len(tokens) <= size:
+        if vocabulary <= DENSE_VOCABULARY and count <= size:
             _decide_rows(F.linear(hidden, head, bias), None, tokens, editable, mask_id, reveals)
         else:
             if max_masked is None:
@@ -614,7 +584,7 @@ def decide_from_hidden(
             for block in () if few else rows.split(size):
                 logits = F.linear(hidden[block], head, bias)  # rounded as a model's own logits
                 _decide_rows(logits, block, tokens, editable, mask_id, reveals)
-    return tuple(x.view(shape) for x in decision)
+    return tuple(decision)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -623,8 +593,7 @@ def decide_from_hidden(
 # Computes Eq. 2.  The step:  a(t) = wte(x(t)) + gamma R_(-1) a(t-1), and the RMSNorm of a(t) that
 # the model reads.  The closed sum:  a(t) = sum_{k=0..t} gamma^(t-k) R_(k-t) wte(x(k)), by the same
 # recurrence kept in registers.  Its gradient:  d wte(x(k)) += gamma^(t-k) R_(t-k) da.
-# R_delta turns the pair (j, j + D/2) by delta * 10000^(-2j/D); R_(-1) takes (u, v) to
-# (u c + v s, v c - u s).
+# R_delta turns the pair (j, j + D/2) by delta * 10000^(-2j/D).
 #
 # Costs: the step reads a(t-1) and one embedding row a position, and writes a(t) and its norm: 4 N D
 # values.  Floor at N = 8192, D = 4096, bf16 with a in float32: 134 us.  The sum reads t + 1
@@ -634,10 +603,8 @@ _ANGLES: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
 
 
 def _angles(width: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin of R_1's angles, float32 [D/2] each; kept, once they are real numbers.
-
-    A tracer's fake tensors and the memory of a CUDA graph under capture must not outlive them.
-    """
+    """cos and sin of R_1's angles, float32 [D/2] each; kept, once they are real numbers."""
+    # A tracer's fake tensors and the memory of a CUDA graph under capture must not outlive them.
     real = not torch.compiler.is_compiling() and type(torch.empty(0, device=device)) is Tensor
     if real and (width, device) in _ANGLES:
         return _ANGLES[width, device]
@@ -665,14 +632,13 @@ def _store_halves(line, column, half, width, use, u, v):
 @jit(do_not_specialize=["count"])
 def _history_kernel(
     states, embedding, cos, sin,
-    past, sum_out, read_out, gradient, table_out,
+    past, gradient, sum_out, out,
     count, turns, width, half, vocabulary, gamma,
     NORMALIZE: tl.constexpr, ROWS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    # Grid: one program per ROWS whole rows, because the norm needs the whole row.  One kernel is
-    # the step (the states are one, and past is a(t-1)), the sum, and its gradient: the sum again,
-    # since gathering is cheaper than keeping, then da through the norm, then its terms added to
-    # the gradient of the embedding.
+    # Grid: one program per ROWS whole rows, for the norm.  One kernel is the step (one state, and
+    # past is a(t-1)), the sum, and its gradient: the sum again, since gathering is cheaper than
+    # keeping, then da through the norm, then its terms added to the gradient of the embedding.
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = row < count
     column = tl.arange(0, HALF)[None, :]
@@ -699,7 +665,7 @@ def _history_kernel(
     if NORMALIZE:
         u, v = u * scale, v * scale
     if gradient is None:
-        _store_halves(read_out + offset, column, half, width, inside, u, v)
+        _store_halves(out + offset, column, half, width, inside, u, v)
     else:
         p, q = _load_halves(gradient + offset, column, half, width, inside)
         if NORMALIZE:  # y = a r: da = r (g - y mean(g y))
@@ -709,7 +675,7 @@ def _history_kernel(
             state -= count
             token = tl.load(state, mask=inside, other=-1).to(tl.int64)
             use = ((token >= 0) & (token < vocabulary))[:, None]
-            line = table_out + token[:, None] * width + column
+            line = out + token[:, None] * width + column
             tl.atomic_add(line, p, mask=use & (column < half), sem="relaxed")
             tl.atomic_add(line + half, q, mask=use & (column + half < width), sem="relaxed")
             if cos is not None:
@@ -718,22 +684,22 @@ def _history_kernel(
 
 
 def _run_history(states, embedding, gamma, rotate, normalize, past=None, total=None, gradient=None):
-    """What is read of a(t), which goes to total; or, given the gradient of that, the embedding's."""
+    """What is read of a(t), which goes to total; or, given its gradient, the embedding's."""
     count, (vocabulary, width) = states[0].numel(), embedding.shape
     cos, sin = _angles(width, embedding.device) if rotate else (None, None)
     if gradient is None:
-        read, table = embedding.new_empty(*states.shape[1:], width), None
+        out = embedding.new_empty(*states.shape[1:], width)
     else:  # atomic additions, whose order, so the last bit, may vary
-        read, table = None, embedding.new_zeros(vocabulary, width, dtype=torch.float32)
+        out = embedding.new_zeros(vocabulary, width, dtype=torch.float32)
     half = triton.next_power_of_2(max(1, (width + 1) // 2))
     rows = max(1, min(32, 1024 // half))  # a whole row a program at D = 4096, 16 rows at D = 128
     _launch(
         _history_kernel, (triton.cdiv(count, rows),),
-        states.contiguous(), embedding.contiguous(), cos, sin, past, total, read, gradient, table,
+        states.contiguous(), embedding.contiguous(), cos, sin, past, gradient, total, out,
         count, len(states), width, (width + 1) // 2, vocabulary, float(gamma),
         NORMALIZE=normalize, ROWS=rows, HALF=half, num_warps=8 if half >= 1024 else 4,
     )  # fmt: skip
-    return read if gradient is None else table
+    return out
 
 
 class _HistorySum(torch.autograd.Function):
@@ -759,8 +725,8 @@ def history_step(
 
     a: a(t-1), float32 [..., D], or None at the first turn.  tokens: int32 or int64 [...].
     embedding: float [V, D].  gamma in [0, 1]; rotate: R, for even D; normalize: the RMSNorm (eps
-    1e-6, no weight) of what is read.  Returns a(t) in float32 and what is read in the embedding's
-    dtype; both new.  No gradient: history_sum has one.  NaN propagates.
+    1e-6) of what is read.  Returns a(t) in float32 and what is read in the embedding's dtype, both
+    new, without gradient.  NaN propagates.
     """
     check_history(embedding, gamma, rotate)
     check_ids("tokens", tokens, None, embedding.device, 0, len(embedding))
@@ -784,8 +750,8 @@ def history_sum(
     the embedding's dtype.  NaN propagates.
     """
     check_history(embedding, gamma, rotate)
-    some = states.ndim >= 1 and len(states) > 0
-    require(some, f"states must be [T+1, ...] with T >= 0, got {[*states.shape]}")
+    shape = [*states.shape]
+    require(shape and shape[0] > 0, f"states must be [T+1, ...] with T >= 0, got {shape}")
     check_ids("states", states, None, embedding.device, -1, len(embedding))
     use_triton("triton", embedding)
     return _HistorySum.apply(states if gamma else states[-1:], embedding, gamma, rotate, normalize)
@@ -799,11 +765,8 @@ def history_sum(
 # the logits: w[role] (p - onehot) / number.
 #
 # Costs: from logits, one read forward, one read and one write backward.  Floor at [8192, 126464]
-# bf16: 2.07 GB each, 2.1 ms (1.4 ms if a row could stay on chip between its two reads, which
-# 253 KB cannot).  From hidden states, three matrix products (logits, and the gradients to hidden
-# and head), 6 N V D operations: 32 ms there; memory for a chunk of logits instead of [N, V] in
-# several copies.  A chunk is rows, whole: its logits become their own gradient in place and feed
-# the other two products, so nothing is computed twice.
+# bf16: 2.07 GB each, 2.1 ms.  From hidden states three matrix products, 6 N V D operations: 32 ms
+# there.  The logits of a chunk of rows become their own gradient in place and feed the other two.
 
 CHUNK_ROWS = 2048  # enough for full matrix products; 2,048 rows of V = 126464 in bf16: 518 MB
 CHUNK_BYTES = 2**26  # more rows while their logits are under 64 MiB: a small V is one chunk
@@ -820,9 +783,7 @@ def _nll_kernel(
     inside = row < count
     counted = tl.load(role + row, mask=inside, other=-1) >= 0
     line = _lines(logits, row, length, stride_b, stride_n)
-    top, _, rest = _scan(
-        line, counted, 0, vocabulary, vocabulary, -1, stride_v, False, GROUP, ROWS, COLUMNS
-    )
+    top, _, rest = _scan(line, counted, 0, vocabulary, vocabulary, None, stride_v, GROUP, COLUMNS)
     lse = tl.where(top == float("inf"), float("nan"), top - _log_p(top, rest))  # inf - inf: NaN
     goal = tl.load(target + row, mask=inside, other=0).to(tl.int64)
     fits = counted & (goal >= 0) & (goal < vocabulary)
@@ -837,11 +798,9 @@ def _of_role(kind, reveal, remask, keep):
 
 
 @jit(do_not_specialize=["count"])
-def _parts_kernel(
-    loss, role, total_out, parts_out, count, reveal, remask, keep, BLOCK: tl.constexpr
-):
-    # One program, so the order of additions is always the same; 12 bytes a position, 10 us for
-    # 40,000.
+def _parts_kernel(loss, role, total_out, parts_out, count, reveal, remask, keep):
+    # One program, so the order of additions is always the same; 12 bytes a position.
+    BLOCK: tl.constexpr = 2048
     kinds = tl.arange(0, 4)
     sums = tl.zeros([4, BLOCK], tl.float32)
     number = tl.zeros([BLOCK], tl.int32)
@@ -944,10 +903,7 @@ class _CrossEntropy(torch.autograd.Function):  # from logits, or from hidden sta
             with torch.autocast(inputs.device.type, enabled=False):
                 loss, kept = _through_head(inputs, head, bias, target, role, weights, needs)
         total, parts = loss.new_empty(()), loss.new_empty(4)
-        _launch(
-            _parts_kernel, (1,), loss, role, total, parts, role.numel(), *weights,
-            BLOCK=2048, num_warps=8,
-        )  # fmt: skip
+        _launch(_parts_kernel, (1,), loss, role, total, parts, role.numel(), *weights, num_warps=8)
         ctx.save_for_backward(*kept, parts)
         ctx.weights, ctx.has_head = weights, head is not None
         ctx.mark_non_differentiable(parts)
@@ -975,16 +931,13 @@ def revision_cross_entropy(
     hidden states float [..., D].  target, role: int32 or int64 [...]; role 0 reveal, 1 re-mask,
     2 keep, -1 no loss.  A part is the sum over its role's positions divided by the number of
     positions with any role, 0 where there are none; total is their sum by weights, and alone has a
-    gradient, to logits, or to hidden, head and bias.
-    With head, logits exist for max(2,048 rows, 64 MiB) at a time, and gradients are computed on the
-    way forward; the number of counted rows is asked of the device once, so a CUDA graph and
-    torch.compile(fullgraph=True) refuse.
-    NaN, +inf and rows of -inf in a counted row propagate as in F.cross_entropy; ignored rows are
-    not read.
+    gradient.  NaN, +inf and rows of -inf in a counted row propagate as in F.cross_entropy; ignored
+    rows are not read.
+    With head, logits exist for max(2,048 rows, 64 MiB) at a time, gradients are computed on the way
+    forward, and the number of counted rows is asked of the device once: a CUDA graph and
+    torch.compile(fullgraph=True) then refuse.
     """
-    name = "logits" if head is None else "hidden"
-    check_floating(name, inputs)
-    require(inputs.ndim >= 1, f"{name} must be [..., V or D], got {[*inputs.shape]}")
+    check_floating("logits" if head is None else "hidden", inputs)
     require(head is not None or bias is None, "bias needs head")
     if head is not None:
         check_head(head, bias, inputs)
@@ -993,8 +946,7 @@ def revision_cross_entropy(
     check_ids("role", role, inputs.shape[:-1], inputs.device, IGNORE, 3)
     check_ids("target", target, role.shape, inputs.device, 0, vocabulary, where=role != IGNORE)
     use_triton("triton", inputs)
-    weights = [float(w) for w in weights]
     target, role = (x.reshape(-1).contiguous() for x in (target, role))
     rows = inputs if head is None else inputs.reshape(-1, inputs.shape[-1])
-    total, parts = _CrossEntropy.apply(rows, head, bias, target, role, *weights)
-    return total, *parts.detach()[:3].unbind()
+    total, parts = _CrossEntropy.apply(rows, head, bias, target, role, *map(float, weights))
+    return total, *parts[:3].unbind()
