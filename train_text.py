@@ -6,10 +6,10 @@
     python train_text.py --ask "number of x over 3|7 4:2|8 6:2" --passes 9      watch it revise
     python train_text.py --data TRAIN.jsonl --test TEST.jsonl   lines {"prompt": ..., "answer": ...}
 
-A base model learns plain mask diffusion; from it, with the same data and number of steps, come
-vanilla SFT and RM.  What differs from the paper: models of a million parameters on generated
-problems, a prompt that is always intact in post-training, mistakes proposed by the frozen base
-where a random share of the rest is masked too, Muon, and what is called ours.
+A base model learns plain mask diffusion; from it come vanilla SFT and RM, with the same data and
+steps.  What differs from the paper: a million parameters on generated problems, a prompt that is
+intact in post-training, mistakes of the frozen base where part of the rest is masked too, Muon, and
+what is called ours.
 """
 
 import json
@@ -20,8 +20,9 @@ import subprocess
 import sys
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import NamedTuple
@@ -37,23 +38,19 @@ from reflective_masking import InputError, MaskDiffusionTransformer as Model, Tr
 HERE = Path(__file__).parent
 MASK, PAD, END = 0, 1, 2
 SPECIAL = ["_", "·", "¶"]  # how the terminal shows them
-VARIANTS = {  # label, gamma (the paper does not state it), rotate
-    "base": ("base", 0.0, False),
-    "sft": ("vanilla SFT", 0.0, False),
-    "rm": ("RM", 0.0, False),
-    "history": ("RM + history", 0.9, True),
-}
+VARIANTS = {"base": "base", "sft": "vanilla SFT", "rm": "RM", "history": "RM + history"}  # labels
 REVISING = ("rm", "history")
+GAMMA = 0.9  # of history; the paper does not state it
 # Laws of training states: the mean share of positions that start wrong, and of rows in a reveal.
 LAWS = {"ours": (0.5, 0.5), "paper": (0.3, 0.0)}
 SIZE = (128, 4)  # width and layers of the network: 0.8 M parameters
 BATCH_SIZE = 32
 LEARNING_RATE = {"base": 2.5e-3, "sft": 4e-4, "rm": 4e-4, "history": 4e-4}
-MUON_FACTOR = 3  # at 8, the default that suits Sudoku, a base learns far slower
+MUON_FACTOR = 3  # at 8, the default, a base learns far slower
 PROMPT_SHARE = 0.2  # of the base's rows mask the prompt too
 TOP_K = 4  # a mistake is among the base's likeliest tokens
 HASTES = (1, 1.5, 2)  # RM reveals so many times as fast; the passes saved are for revision
-VALIDATION = 300  # problems, for the curve and to choose among HASTES
+VALIDATION = 300  # problems, to choose among HASTES
 TEST_SEED = 1  # of the published test problems
 
 
@@ -95,37 +92,38 @@ class Tokenizer:
 
     def __post_init__(self):
         self.shown = [*SPECIAL, *self.symbols]  # by id
-        self.vocabulary = len(self.shown)
         self.ids = {symbol: i for i, symbol in enumerate(self.symbols, len(SPECIAL))}
-        self.length = self.prompt_length + self.answer_length
+        self.space = " " if self.words else ""
 
-    def encode(self, text: str, where: str = "the prompt") -> list[int]:
-        """Ids of a text.  InputError says where it stands and which symbol is unknown."""
+    def encode(self, text: str, where: str) -> list[int]:
         try:
             return [self.ids[symbol] for symbol in split(text, self.words)]
         except KeyError as error:
-            what = f"the {'word' if self.words else 'character'} {error.args[0]!r}"
-            raise InputError(f"{where} has {what}, which the training data lack") from None
+            raise InputError(f"{where} has {error}, which the training data lack") from None
 
     def rows(self, problems: list[Problem], answers: bool = False) -> Tensor:
-        """int64 [n, prompt_length + answer_length]; without answers MASK stands in their place."""
-        rows = torch.full((len(problems), self.length), PAD)
-        rows[:, self.prompt_length :] = PAD if answers else MASK
-        for row, problem in zip(rows, problems):
-            ids = self.encode(problem.prompt, problem.where)
-            if not 0 < len(ids) <= self.prompt_length:
-                found = f"{problem.where} has {len(ids)} tokens"
-                raise InputError(f"{found}, the model takes 1 to {self.prompt_length}")
-            row[self.prompt_length - len(ids) : self.prompt_length] = torch.tensor(ids)
+        """int64 [n, prompt_length + answer_length]; without answers MASK stands in their place.
+
+        InputError: an unknown symbol, a prompt that is empty or too long.
+        """
+        rows = []
+        for problem in problems:
+            prompt = self.encode(problem.prompt, problem.where)
+            if not 0 < len(prompt) <= self.prompt_length:
+                takes = f"the model takes 1 to {self.prompt_length}"
+                raise InputError(f"{problem.where} has {len(prompt)} tokens, {takes}")
+            answer = [MASK] * self.answer_length
             if answers:
-                ids = self.encode(problem.answer, problem.where) + [END]
-                row[self.prompt_length :][: len(ids)] = torch.tensor(ids)
-        return rows
+                answer = [*self.encode(problem.answer, problem.where), END]
+            before = [PAD] * (self.prompt_length - len(prompt))
+            after = [PAD] * (self.answer_length - len(answer))
+            rows.append(before + prompt + answer + after)
+        return torch.tensor(rows)
 
     def text(self, ids: list[int]) -> str:
         """The answer that ids, prompt excluded, spell up to END or PAD; a MASK shows as _."""
         spelled = takewhile(lambda token: token not in (END, PAD), ids)
-        return (" " if self.words else "").join(self.shown[token] for token in spelled)
+        return self.space.join(self.shown[token] for token in spelled)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -133,7 +131,7 @@ class Tokenizer:
 
 
 class Author(random.Random):
-    """Writes problems: a method draws one and returns (prompt, answer).
+    """Writes problems: a method draws one and returns (prompt, steps in math, result).
 
     Answers to one prompt differ, as people's do: which product comes first, x*x or x**2.
     """
@@ -152,7 +150,7 @@ class Author(random.Random):
     def sum_of_products(self):
         a, b, c, d = self.draw(*[(2, 9)] * 4)
         steps = self.sample([self.times(a, b), self.times(c, d)], 2)
-        return f"{a}*{b}+{c}*{d}", worked(*steps, self.plus(a * b, c * d), result=a * b + c * d)
+        return f"{a}*{b}+{c}*{d}", *steps, self.plus(a * b, c * d), a * b + c * d
 
     def linear_equation(self):
         a, bracket, b = self.draw((2, 9), (2, 10), (1, 9))
@@ -160,45 +158,41 @@ class Author(random.Random):
         p, c = bracket - x, a * bracket + b
         solving = f"{c}-{b}={c - b}", f"{c - b}/{a}={bracket}", f"{bracket}-{p}={x}"
         checking = self.plus(x, p), self.times(a, bracket), self.plus(a * bracket, b)
-        return f"solve {a}(x+{p})+{b}={c}", worked(*self.choice((solving, checking)), result=x)
+        return f"solve {a}(x+{p})+{b}={c}", *self.choice((solving, checking)), x
 
     def three_unknowns(self):
         a, b, z = self.draw((2, 9), (2, 9), (1, 9))
         x, y = self.draw((1, a - 1), (1, b - 1))
         p, q = a - x, b - y
         steps = self.plus(x, p), self.plus(y, q), self.times(a, b), self.plus(a * b, z)
-        prompt = f"(x+{p})(y+{q})+z={a * b + z}: x, y, z?"
-        return prompt, worked(*steps, result=f"{x},{y},{z}")
+        return f"(x+{p})(y+{q})+z={a * b + z}: x, y, z?", *steps, f"{x},{y},{z}"
 
     def number_with_remainder(self):
         b, quotient = self.draw((3, 9), (1, 9))
         rest = self.randint(1, b - 1)
         number = b * quotient + rest
         steps = self.times(b, quotient), self.plus(b * quotient, rest)
-        prompt = f"over {self.randint(1, number - 1)}, leaves {rest} by {b}: number?"
-        return prompt, worked(*steps, result=number)
+        least = self.randint(1, number - 1)
+        return f"over {least}, leaves {rest} by {b}: number?", *steps, number
 
     def red_and_blue(self):
         share, whole = sorted(self.sample(range(1, 10), 2))
         k = self.randint(1, 9)
         red, balls = k * share, k * whole
         steps = self.sample([self.times(k, share), self.times(k, whole)], 2)
-        steps.append(f"{balls}-{red}={balls - red}")
         prompt = f"{share}/{whole} red, over {self.randint(1, balls - 1)} balls: red, blue?"
-        return prompt, worked(*steps, result=f"{red},{balls - red}")
+        return prompt, *steps, f"{balls}-{red}={balls - red}", f"{red},{balls - red}"
 
     def rectangle(self):
         a, b = self.draw((1, 36), (2, 36))
         steps = f"{2 * (a + b)}/2={a + b}", f"{a}+{b}={a + b}"
         side = self.randint(1, max(a, b) - 1)
-        prompt = f"perimeter {2 * (a + b)}, a side over {side}: sides?"
-        return prompt, worked(*steps, result=f"{a},{b}")
+        return f"perimeter {2 * (a + b)}, a side over {side}: sides?", *steps, f"{a},{b}"
 
     def dot_product(self):
         a, b, c, d = self.draw(*[(1, 9)] * 4)
         steps = self.sample([self.times(a, c), self.times(b, d)], 2)
-        answer = worked(*steps, self.plus(a * c, b * d), result=a * c + b * d)
-        return f"({a},{b}) dot ({c},{d})", answer
+        return f"({a},{b}) dot ({c},{d})", *steps, self.plus(a * c, b * d), a * c + b * d
 
     def program(self):
         """A specification in words with two examples; the answer is one of its programs."""
@@ -206,25 +200,18 @@ class Author(random.Random):
         finish = self.choice(list(FINISHES))
         mapping = "" if finish == "number of " else self.choice(list(MAPS))
         k, m = self.draw((1, 8), (2, 9))
-        keeps, tests = CONDITIONS[condition]
-        value, expressions = MAPS[mapping]
-        of_all, programs = FINISHES[finish]
+        test = self.choice(CONDITIONS[condition])
+        expression = self.choice(MAPS[mapping])
+        program = self.choice(FINISHES[finish]).format(e=expression, test=test).format(k=k, m=m)
 
-        test = self.choice(tests)
-        test = f" if {test}" if test else ""
-        expression = self.choice(expressions)
-        over, whole = self.choice(programs)
-        program = whole.format(e=f"{expression} for x in {over}{test}", test=test)
-
-        examples = ""
-        while examples.count("|") < 2:
+        prompt = f"{finish}{mapping}{condition}".format(k=k, m=m)
+        while prompt.count("|") < 2:
             xs = self.draw((0, 9), (0, 9))
-            shown = of_all([value(x, m) for x in xs if keeps(x, k)])
-            if shown is not None:  # nothing is the largest of no values
+            with suppress(ValueError):  # nothing is the largest of no values
+                shown = eval(compiled(program), {"xs": xs})  # our own text, never a model's
                 shown = shown if isinstance(shown, list) else [shown]
-                examples += f"|{' '.join(map(str, xs))}:{' '.join(map(str, shown))}"
-        words = f"{finish}{mapping}{condition}"
-        return words.format(k=k, m=m) + examples, program.format(k=k, m=m)
+                prompt += f"|{' '.join(map(str, xs))}:{' '.join(map(str, shown))}"
+        return prompt, program
 
     def which_is(self):
         """Four options, one right: a product, a sum, the next of a sequence, the largest."""
@@ -244,37 +231,33 @@ class Author(random.Random):
         options = self.sample([value for value in wrong if value != right], 3)
         place = self.randrange(4)
         options.insert(place, right)
-        shown = " ".join(f"{letter} {value}" for letter, value in zip("ABCD", options))
-        return f"{question}? {shown}", "ABCD"[place]
+        return "{}? A {} B {} C {} D {}".format(question, *options), "ABCD"[place]
 
 
-def worked(*steps: str, result) -> str:
-    return ";".join(steps) + f"#### {result}"
-
-
-CONDITIONS = {  # words: (what they keep, the same in Python, any of these)
-    "evens": (lambda x, k: x % 2 == 0, ["x%2==0", "x%2<1"]),
-    "odds": (lambda x, k: x % 2 == 1, ["x%2==1", "x%2>0"]),
-    "x over {k}": (lambda x, k: x > k, ["x>{k}", "{k}<x"]),
-    "x under {k}": (lambda x, k: x < k, ["x<{k}", "{k}>x"]),
-    "all x": (lambda x, k: True, [""]),
+CONDITIONS = {  # words: the same in Python, any of these
+    "evens": [" if x%2==0", " if x%2<1"],
+    "odds": [" if x%2==1", " if x%2>0"],
+    "x over {k}": [" if x>{k}", " if {k}<x"],
+    "x under {k}": [" if x<{k}", " if {k}>x"],
+    "all x": [""],
 }
-MAPS = {  # words: (what becomes of x, the same in Python)
-    "": (lambda x, m: x, ["x"]),
-    "squares of ": (lambda x, m: x * x, ["x*x", "x**2"]),
-    "doubles of ": (lambda x, m: 2 * x, ["2*x", "x*2", "x+x"]),
-    "{m} more than ": (lambda x, m: x + m, ["x+{m}", "{m}+x"]),
-    "{m} times ": (lambda x, m: m * x, ["{m}*x", "x*{m}"]),
-    "minus ": (lambda x, m: -x, ["-x", "0-x"]),
+MAPS = {  # words: what becomes of x
+    "": ["x"],
+    "squares of ": ["x*x", "x**2"],
+    "doubles of ": ["2*x", "x*2", "x+x"],
+    "{m} more than ": ["x+{m}", "{m}+x"],
+    "{m} times ": ["{m}*x", "x*{m}"],
+    "minus ": ["-x", "0-x"],
 }
-FINISHES = {  # words: (what becomes of all, [(over what, the program around {e})])
-    "": (list, [("xs", "[{e}]")]),
-    "sorted ": (sorted, [("xs", "sorted({e})")]),
-    "reversed ": (lambda values: values[::-1], [("xs", "[{e}][::-1]"), ("xs[::-1]", "[{e}]")]),
-    "sum of ": (sum, [("xs", "sum({e})"), ("xs", "sum([{e}])")]),
-    "largest of ": (partial(max, default=None), [("xs", "max({e})")]),
-    "number of ": (len, [("xs", "len([{e}])"), ("xs", "sum(1 for x in xs{test})")]),
+FINISHES = {  # words: the program around {e} and {test}
+    "": ["[{e} for x in xs{test}]"],
+    "sorted ": ["sorted({e} for x in xs{test})"],
+    "reversed ": ["[{e} for x in xs{test}][::-1]", "[{e} for x in xs[::-1]{test}]"],
+    "sum of ": ["sum({e} for x in xs{test})", "sum([{e} for x in xs{test}])"],
+    "largest of ": ["max({e} for x in xs{test})"],
+    "number of ": ["len([{e} for x in xs{test}])", "sum(1 for x in xs{test})"],
 }
+compiled = cache(partial(compile, filename="program", mode="eval"))
 SOLVES = {  # questions with several right results: whether numbers solve those of the prompt
     "x, y, z?": lambda n, x, y, z: (x + n[0]) * (y + n[1]) + z == n[2],
     "number?": lambda n, a: a > n[0] and a % n[2] == n[1],
@@ -297,9 +280,9 @@ TASKS = {  # task -> subject -> its template
 
 
 def generate(task: str, count: int, part: str, seed: int) -> list[Problem]:
-    """count problems, the task's subjects in equal shares; prompts differ but in part "train".
+    """count problems, the task's subjects in equal shares; in no prompt do two parts meet.
 
-    A hash of the prompt decides: a tenth of all prompts is "test", a tenth "validation".
+    A tenth of all prompts is "test", a tenth "validation"; there each comes once.
     """
     author = Author(f"{task} {part} {seed}")
     subjects = list(TASKS[task].items())
@@ -307,7 +290,8 @@ def generate(task: str, count: int, part: str, seed: int) -> list[Problem]:
     seen = set()
     for _ in range(20_000 + 100 * count):
         subject, template = subjects[len(problems) % len(subjects)]
-        prompt, answer = template(author)
+        prompt, *steps, result = template(author)
+        answer = ";".join(steps) + f"#### {result}" if steps else result
         here = {0: "test", 1: "validation"}.get(zlib.crc32(prompt.encode()) % 10, "train")
         if here == part and (part == "train" or prompt not in seen):
             seen.add(prompt)
@@ -350,15 +334,14 @@ def own_data(name: str, found: list[Problem], tests: list[Problem], words: bool 
 
 def read_problems(
     path: Path, words: bool = False, prompt_key: str = "prompt", answer_key: str = "answer",
-    max_length: int | None = None,
+    max_length: int = 10**9,
 ) -> list[Problem]:  # fmt: skip
     """JSON objects, one a line; InputError names the file and the line.
 
-    With prompt_key instruction a field input is part of the prompt (alpaca).  max_length: problems
-    whose prompt or answer has more tokens are left out, and counted.
+    With prompt_key instruction a field input is part of the prompt (alpaca).  Problems whose prompt
+    or answer has over max_length tokens are left out, and counted.
     """
     problems = []
-    wanted = f'{{"{prompt_key}": text, "{answer_key}": text}}, neither empty'
     lines = rm.read_lines(path)
     for number, line in lines:
         where = f"{path} line {number}"
@@ -369,13 +352,13 @@ def read_problems(
                 prompt = f"{prompt} {found['input']}"
             rm.require(prompt.encode() and answer.encode(), "a text is empty")
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            wanted = f'{{"{prompt_key}": text, "{answer_key}": text}}, neither empty'
             raise InputError(f"{where} must be {wanted}: {rm.first_line(error)}") from None
-        longest = max(len(split(text, words)) for text in (prompt, answer))
-        if max_length is None or longest <= max_length:
+        if all(len(split(text, words)) <= max_length for text in (prompt, answer)):
             problems.append(Problem(prompt, answer, where=where))
-    if max_length:
-        left_out = len(lines) - len(problems)
-        say(f"{left_out} of {len(lines)} in {path} are over {max_length} tokens: left out")
+    if len(problems) < len(lines):
+        left_out = f"{len(lines) - len(problems)} of {len(lines)}"
+        say(f"{left_out} in {path} are over {max_length} tokens: left out")
     if not problems:
         raise InputError(f"{path} has no problem of at most {max_length} tokens")
     return problems
@@ -462,10 +445,10 @@ for line in sys.stdin:
 
 
 def run_programs(pairs: list[tuple[Problem, str]]) -> list[bool]:
-    """A program is right if it gives what the reference gives on 20 hidden lists.
+    """Whether a program gives what the reference gives on 20 hidden lists.
 
-    Programs never run here: an isolated Python forks a process for each, with a limit of time and
-    memory, no files, no processes and a few builtins.
+    None runs here: an isolated Python forks a process for each, with a limit of time and memory, no
+    files, no processes and a few builtins.
     """
     if not pairs:
         return []
@@ -489,10 +472,9 @@ def run_programs(pairs: list[tuple[Problem, str]]) -> list[bool]:
 def sample_masks(
     batch_size: int, generator: torch.Generator, pool: Tensor, start: int, prompt_share: float = 0.0
 ) -> rm.Batch:
-    """Plain mask diffusion: m of the N positions are masked, m uniform in 1..N, weight N/m.
+    """Plain mask diffusion: m of the answer's N positions are masked, m uniform in 1..N.
 
-    Of the answer's positions; in a share prompt_share of the rows of the prompt's, too.  LLaDA's
-    weight is the same, 1/t; the weights of all masked positions are scaled to mean 1.
+    In a share prompt_share of the rows the prompt's too.  Weight: LLaDA's N/m, scaled to mean 1.
     """
     uniform = partial(torch.rand, generator=generator, device=pool.device)
     clean = pool[torch.randint(len(pool), (batch_size,), generator=generator, device=pool.device)]
@@ -501,14 +483,10 @@ def sample_masks(
     editable = in_answer | with_prompt & (clean != PAD)
     count = editable.sum(-1, keepdim=True)  # N
     masks = (uniform(batch_size, 1) * count).long() + 1  # uniform in 1..N
-    masked = random_rank(editable, uniform) < masks
+    rank = uniform(clean.shape).masked_fill(~editable, 2).argsort(-1).argsort(-1)  # random
+    masked = rank < masks
     weight = (masked.sum() / (batch_size * masks)).expand(clean.shape)
     return clean.masked_fill(masked, MASK).unsqueeze(0), clean, masked, weight
-
-
-def random_rank(chosen: Tensor, uniform: Callable[..., Tensor]) -> Tensor:
-    """0, 1, ... in random order over a row's chosen positions, bool [B, N]; others follow."""
-    return uniform(chosen.shape).masked_fill(~chosen, 2).argsort(-1).argsort(-1)
 
 
 def sample_revision(
@@ -518,11 +496,10 @@ def sample_revision(
     """Synthetic revisions of the answer; what is wrong was proposed by the frozen base.
 
     The base reads the answer without the positions that start wrong and a random share of the
-    others, so that a mistake fits what stands around it (ours; the paper masks all).  In a quarter
-    of the rows no position starts wrong, as decoding starts with the empty answer.
-    law "paper": wrong is an even draw from the base's TOP_K without the truth.  A model trained on
-    those alone trusts its own best guess; so "ours" draws by the base's own probabilities, truth
-    included, as a parallel reveal does.  And half of its rows stand in one (reveal_trajectory).
+    others, so that a mistake fits what stands around it (ours; the paper masks all).  A quarter of
+    the rows starts empty, as decoding does.  Law "paper": an even draw from the base's TOP_K
+    without the truth.  A model trained on those alone trusts its own best guess; so "ours" draws
+    by the base's probabilities, truth included, and half its rows are of reveal_trajectory.
     """
     uniform = partial(torch.rand, generator=generator, device=pool.device)
     corruption, reveals = LAWS[law]
@@ -536,7 +513,7 @@ def sample_revision(
     share = uniform(batch_size, 1)
     probed = editable & (starts_wrong | (uniform(clean.shape) < share))
     in_reveal = uniform(batch_size, 1) < reveals
-    rank = random_rank(editable, uniform)
+    rank = uniform(clean.shape).masked_fill(~editable, 2).argsort(-1).argsort(-1)  # random
     masks = ((length + 1) ** uniform(batch_size, 1)).long()  # log-uniform in 1..N
     probe = clean.masked_fill(torch.where(in_reveal, rank < masks, probed), MASK)
     with torch.no_grad(), rm.mixed_precision(pool.device):
@@ -550,9 +527,8 @@ def sample_revision(
         pick = torch.multinomial(likely.softmax(-1).flatten(0, 1), 1, generator=generator)
         wrong = tokens.gather(-1, pick.view(*clean.shape, 1)).squeeze(-1)
         moving = editable & ~(starts_wrong & (wrong == clean))  # a draw of the truth stands
-    trajectory = rm.sample_trajectory(
-        clean, moving, wrong, MASK, p_wrong=starts_wrong.float(), generator=generator
-    )
+    p_wrong = starts_wrong.float()
+    trajectory = rm.sample_trajectory(clean, moving, wrong, MASK, 6, p_wrong, generator)
     now = torch.randint(6, (batch_size,), generator=generator, device=pool.device)
     if law == "ours":
         revealed, then = reveal_trajectory(clean, logits, rank, masks, length, generator, remember)
@@ -569,9 +545,9 @@ def reveal_trajectory(
     """Ours: a decoding up to one reveal that may go wrong, int64 [K, B, N], and where to stand.
 
     In 1 to `remember` turns (1 says it all without history) the answer is revealed, rightly, until
-    `masks` of its positions are left.  Then the base reveals the k it is surest of all at once; in
-    half of the rows some others follow, right.  Then what is wrong is re-masked.  Where, int64 [B]:
-    before the base's reveal (a third), after it (half) or after the re-masking.
+    `masks` positions are left.  Then the base reveals the k it is surest of at once; in half of the
+    rows some others follow, right.  Then what is wrong is re-masked.  Where, int64 [B]: before the
+    base's reveal (a third), after it (half) or after the re-masking.
     clean, rank: int64 [B, N], rank below `length` in the answer.  masks: int64 [B, 1].  logits:
     float [B, N, V], the base's where the masks lowest ranks are masked, -inf for MASK.
     """
@@ -602,109 +578,73 @@ def reveal_trajectory(
 # Decoding and scores
 
 
-def even_reveal(logits, tokens, mask_id, editable, turn: int, max_turns: int) -> Tensor:
-    """LLaDA's rule for rm.revise: the most confident masks, spread evenly over the turns left."""
-    count = -(-(tokens == mask_id).sum(-1) // (max_turns + 1 - turn))  # rounded up
-    return rm.decide(logits, tokens, mask_id, editable, count, allow_remask=False)
+def decode(model: Model, info: dict, rows: Tensor, passes: int) -> Iterator[rm.Revision]:
+    """Answers Tokenizer.rows in at most `passes` forward passes; a Revision for every 256 rows.
 
-
-def decode(
-    model: Model, info: dict, rows: Tensor, passes: int, haste: float | None = None
-) -> Iterator[rm.Revision]:
-    """Answers in at most `passes` forward passes; one Revision, with trace, for every 256 rows.
-
-    base and sft: LLaDA's low-confidence decoding; nothing is re-masked.  rm and history: Eq. 1,
-    `haste` times as fast (None: as chosen in training), so that passes are left for revision.
-    rows: int64 [n, prompt + answer], MASK where the answer goes.
+    base and sft: LLaDA's low-confidence decoding; nothing is re-masked.  rm and history: Eq. 1, and
+    reveals so many times as fast as info["haste"] says, so that passes are left for revision.
     """
-    revises = info["variant"] in REVISING
     length = info["tokenizer"]["answer_length"]
     device = model.embedding.device
     editable = torch.arange(rows.shape[1], device=device) >= rows.shape[1] - length
-    chosen = [value for count, value in info.get("haste", []) if count <= passes]
-    haste = haste or (chosen or HASTES)[-1]
-    reveal = math.ceil(haste * length / passes) if revises else None
+    chosen = [haste for count, haste in info["haste"] if count <= passes]
+    reveal = math.ceil((chosen or HASTES)[-1] * length / passes)
 
     def denoiser(embedded: Tensor) -> Tensor:
         with rm.mixed_precision(device):
             return model(embedded).float()
 
+    def low_confidence(logits, tokens, mask_id, editable, reveal):  # evenly over the turns left
+        count = -(-(tokens == mask_id).sum(-1) // next(left))  # rounded up
+        return rm.decide(logits, tokens, mask_id, editable, count, allow_remask=False)
+
+    rule = None if info["variant"] in REVISING else low_confidence
     for part in rows.to(device).split(256):
         history = HistoryReference(model.embedding.detach(), info["gamma"], info["rotate"])
-        rule = None if revises else even_reveal
+        left = iter(range(passes, 0, -1))
         yield rm.revise(denoiser, part, MASK, history, passes, editable, reveal, True, rule=rule)
 
 
-def evaluate(
-    model: Model, info: dict, problems: list[Problem], passes: int, haste: float | None = None
-) -> dict:
-    """Accuracy of the answers, with what the revision did.  Shares are fractions.
-
-    right: a character a prompt, "1" where right, of all and of each subject.  repaired, broken:
-    prompts whose first complete draft was wrong and whose answer is right, and the reverse.
-    remasks: positions an answer.  replayed: those of them that next reveal the token taken away.
-    """
+def evaluate(model: Model, info: dict, problems: list[Problem], passes: int) -> dict:
+    """Shares of right answers, of all and by subject; right: a character a prompt, "1" if right."""
     tokenizer = Tokenizer(**info["tokenizer"])
-    answers, drafts, turns = [], [], []
-    remasks = replays = 0
-    for result in decode(model, info, tokenizer.rows(problems), passes, haste):
-        trace = result.trace[:, :, tokenizer.prompt_length :].cpu()
-        first = (trace != MASK).all(-1).int().argmax(0)  # complete state; the last always is
-        answers += map(tokenizer.text, trace[-1].tolist())
-        drafts += map(tokenizer.text, trace[first, torch.arange(len(first))].tolist())
-        turns += result.turns
-        taken = torch.full_like(trace[0], -1)  # what was re-masked last at each position
-        for before, after in pairwise(trace):
-            remask = (before != MASK) & (after == MASK)
-            remasks += int(remask.sum())
-            replays += int(((before == MASK) & (after == taken)).sum())
-            taken = torch.where(remask, before, taken.masked_fill(after != MASK, -1))
-
-    n = len(problems)
+    answers = []
+    for result in decode(model, info, tokenizer.rows(problems), passes):
+        answers += map(tokenizer.text, result.tokens[:, tokenizer.prompt_length :].tolist())
     verdicts = grade(problems, answers)
-    drafts_right = grade(problems, drafts)
     right = {"all": ""}
     for problem, verdict in zip(problems, verdicts):
         for name in {"all", problem.subject}:
             right[name] = right.get(name, "") + "01"[verdict]
     return {
-        "accuracy": sum(verdicts) / n,
+        "accuracy": sum(verdicts) / len(problems),
         "ci95": rm.bootstrap_interval(verdicts, 2000),
-        "n": n,
+        "n": len(problems),
         "passes": passes,
-        "mean_passes": sum(turns) / n,
         "subjects": {name: ones.count("1") / len(ones) for name, ones in right.items()},
-        "repaired": sum(now > then for now, then in zip(verdicts, drafts_right)) / n,
-        "broken": sum(now < then for now, then in zip(verdicts, drafts_right)) / n,
-        "remasks": remasks / n,
-        "replayed": replays / max(remasks, 1),
         "right": right,
     }
 
 
-def budgets(info: dict, passes: list[int] | None = None) -> list[int]:
-    """The passes to score: those given, or N/16 to 2N of the answer length N."""
+def evaluate_all(
+    model: Model, info: dict, test: list[Problem], passes: list[int] | None, validation: list = ()
+) -> list[dict]:
+    """A score for each number of forward passes: those given, or N/16 to 2N of the answer length N.
+
+    validation: problems; first the one of HASTES that gets most of them right goes into info.
+    """
     length = info["tokenizer"]["answer_length"]
-    counts = passes or [max(1, round(length * 2**power)) for power in range(-4, 2)]
-    if info["variant"] not in REVISING:  # done after N passes; more change nothing
-        counts = [min(count, length) for count in counts]
-    return sorted(set(counts))
-
-
-def evaluate_all(model: Model, info: dict, test: list[Problem], passes: list[int] | None) -> list:
-    """A score for each number of forward passes."""
+    usual = {max(1, round(length * 2**power)) for power in range(-4, 2)}
     scores = []
-    for count in budgets(info, passes):
+    for count in sorted(passes or usual):
+        if validation and info["variant"] in REVISING:
+            tried = [info | {"haste": [(count, haste)]} for haste in HASTES]
+            best = max(tried, key=lambda how: evaluate(model, how, validation, count)["accuracy"])
+            info["haste"] += best["haste"]
         scores.append(evaluate(model, info, test, count))
         found = "{accuracy:.1%} ({ci95[0]:.1%} to {ci95[1]:.1%})".format(**scores[-1])
-        say(f"{VARIANTS[info['variant']][0]}, {count} passes: {found}")
+        say(f"{VARIANTS[info['variant']]}, {count} passes: {found}")
     return scores
-
-
-def choose_haste(model: Model, info: dict, validation: list[Problem], passes: int) -> float:
-    """The one of HASTES with which most validation problems come out right."""
-    right = lambda haste: evaluate(model, info, validation, passes, haste)["accuracy"]
-    return max(HASTES, key=right)
 
 
 def ask(model: Model, info: dict, prompt: str, passes: int | None) -> dict:
@@ -714,146 +654,123 @@ def ask(model: Model, info: dict, prompt: str, passes: int | None) -> dict:
     (result,) = decode(model, info, rows, passes or tokenizer.answer_length)
     trace = result.trace[:, 0, tokenizer.prompt_length :].tolist()
     print("_ masked   (_) re-masked, (x) revealed in this turn   ¶ end   · pad\n")
-    for turn, (before, now) in enumerate(zip(trace[:1] + trace, trace)):
-        print(f"turn {turn:2}  {show_state(now, before, tokenizer)}")
-    answer = tokenizer.text(trace[-1])
+    for turn, (before, now) in enumerate(pairwise(trace[:1] + trace)):
+        marks = ["{}" if token == old else "({})" for token, old in zip(now, before)]
+        parts = [mark.format(tokenizer.shown[token]) for mark, token in zip(marks, now)]
+        print(f"turn {turn:2}  {tokenizer.space.join(parts)}")
+    answer = tokenizer.text(now)
     turns, status = result.turns[0], result.status[0]
     print(f"\n{prompt}\n{answer}\n{status} after {turns} forward passes")
     return {"prompt": prompt, "answer": answer, "turns": turns, "status": status}
 
 
-def show_state(now: list[int], before: list[int], tokenizer: Tokenizer) -> str:
-    """An answer as text, what changed in this turn in brackets."""
-    marks = ["{}" if token == old else "({})" for token, old in zip(now, before)]
-    parts = [mark.format(tokenizer.shown[token]) for mark, token in zip(marks, now)]
-    return (" " if tokenizer.words else "").join(parts)
-
-
 # ------------------------------------------------------------------------------------------------
-# Training
+# Training and the command line
 
 
 def train_variant(
-    variant: str, model: Model, base: Model | None,
-    data: Data, pool: Tensor, steps: int, out: Path, passes: list[int] | None = None,
-    law: str = "ours", compile: bool = False, seed: int = 0,
+    variant: str, config: TransformerConfig, data: Data, pool: Tensor, steps: int, out: Path,
+    passes: list[int] | None = None, law: str = "ours", compile: bool = False, seed: int = 0,
 ) -> dict:  # fmt: skip
-    """Trains (or resumes) and scores one variant, or reads the record of a finished run back.
+    """Trains (or resumes) and scores one variant, or reads back the record of a finished run.
 
-    Writes OUT/<name>_<variant>_seed<seed>.pt and .json.
+    Files: OUT/<name>_<variant>_seed<seed>.pt and .json; all but the base start from the base's.
     """
-    _, gamma, rotate = VARIANTS[variant]
-    revises = variant in REVISING
+    torch.manual_seed(seed)
+    model = Model(config).to(pool.device)
+    base = None
+    if variant != "base":
+        path = out / f"{data.name}_base_seed{seed}.pt"
+        base, _ = rm.load_checkpoint(path, "text", pool.device)
+        model.load_state_dict(base.state_dict())
+        if compile:
+            base.compile()
     settings = {
-        "data": rm.fingerprint(*(text for p in data.train for text in p[:4])),
+        "data": rm.fingerprint(pool, *data.tokenizer.symbols),
         "test": rm.fingerprint(*(text for p in data.test for text in p[:4])),
-        "base": rm.fingerprint(*base.state_dict().values()) if base else None,
+        "start": rm.fingerprint(*model.state_dict().values()),
         "steps": steps,
-        "words": data.tokenizer.words,
         "passes": passes,
-        "law": law if revises else None,
+        "law": law if variant in REVISING else None,
     }
     run = rm.Run(out / f"{data.name}_{variant}_seed{seed}", settings)
     if run.record:
         return run.record
 
-    info = {"variant": variant, "trained_on": data.name, "gamma": gamma, "rotate": rotate}
-    info |= {"tokenizer": asdict(data.tokenizer), "haste": []}
-    quarter = max(1, data.tokenizer.answer_length // 4)  # passes of the curve
-    every = max(1, steps // 4)
-    sample = partial(sample_masks, prompt_share=PROMPT_SHARE if variant == "base" else 0.0)
-    if revises:
-        probed = torch.compile(base) if compile else base
-        remember = 16 if variant == "history" else 1
-        sample = partial(sample_revision, base=probed, law=law, remember=remember)
-    sample = partial(sample, pool=pool, start=data.tokenizer.prompt_length)
+    sample = {
+        "base": partial(sample_masks, prompt_share=PROMPT_SHARE),
+        "sft": sample_masks,
+        "rm": partial(sample_revision, base=base, law=law),
+        "history": partial(sample_revision, base=base, law=law, remember=16),
+    }[variant]
+    info = {
+        "variant": variant,
+        "trained_on": data.name,
+        "gamma": GAMMA if variant == "history" else 0.0,
+        "rotate": variant == "history",
+        "tokenizer": asdict(data.tokenizer),
+        "haste": [],
+    }
+    every = max(1, steps // 20)
     for step, stats in rm.train(
-        model, sample, steps, MASK, BATCH_SIZE, gamma, rotate, LEARNING_RATE[variant], MUON_FACTOR,
-        warmup=min(100, steps // 5 + 1), compile=compile, **run.files(max(1, steps // 20)),
+        model, partial(sample, pool=pool, start=data.tokenizer.prompt_length), steps, MASK,
+        BATCH_SIZE, info["gamma"], info["rotate"], LEARNING_RATE[variant], MUON_FACTOR,
+        warmup=min(100, steps // 5 + 1), compile=compile, **run.files(every),
         seed=seed + 1000 * list(VARIANTS).index(variant),
     ):  # fmt: skip
-        if rm.is_main_process() and (steps - step) % every == 0:
-            score = evaluate(model, info, data.validation, quarter)
-            run.show(step, steps, stats, {"right": score["accuracy"]})
-        elif step % max(1, every // 10) == 0:
-            run.show(step, steps, stats)
+        if step % every == 0 or step == steps:
+            run.show(step, steps, stats, scores={})
 
     if rm.is_main_process():
-        if revises:
-            choose = partial(choose_haste, model, info, data.validation)
-            info["haste"] = [(count, choose(count)) for count in budgets(info, passes)]
-        info["test"] = evaluate_all(model, info, data.test, passes)
+        info["test"] = evaluate_all(model, info, data.test, passes, data.validation)
     return run.finish(model, "text", **info, seed=seed, steps=steps, compiled=compile)
 
 
 def train_all(
     data: Data, out: Path, device: torch.device, base_steps: int, steps: int,
-    history: bool = False, size: tuple[int, int] = SIZE, seed: int = 0, **options,
+    history: bool = False, size: tuple[int, int] = SIZE, **options,
 ) -> dict:  # fmt: skip
     """Every variant, then table and figure.  size: width, layers.  options: of train_variant."""
-    width, layers = size
-    shape = (data.tokenizer.vocabulary, data.tokenizer.length, width, layers)
-    config = TransformerConfig(*shape, feed_forward=4 * width, positions="both")
     check_test(data.tokenizer, data.test)
     pool = data.tokenizer.rows(data.train, answers=True).to(device)
-    records = {}
-    base = None
-    for variant in ["base", "sft", "rm"] + ["history"] * history:
-        torch.manual_seed(seed)
-        model = Model(config).to(device)
-        if base:
-            model.load_state_dict(base.state_dict())
-        how = {"steps": steps if base else base_steps, "out": out, "seed": seed, **options}
-        records[variant] = train_variant(variant, model, base, data, pool, **how)
-        if variant == "base":
-            base, _ = rm.load_checkpoint(out / f"{data.name}_base_seed{seed}.pt", "text", device)
+    width, layers = size
+    shape = (len(data.tokenizer.shown), pool.shape[1], width, layers)
+    config = TransformerConfig(*shape, feed_forward=4 * width, positions="both")
+    plan = {"base": base_steps} | dict.fromkeys(["sft", "rm"] + ["history"] * history, steps)
+    records = {v: train_variant(v, config, data, pool, n, out, **options) for v, n in plan.items()}
     if not rm.is_main_process():
         return {}
 
-    result = report(records, data)
-    lines = {
-        VARIANTS[variant][0]: [(row["passes"], row["accuracy"], row["ci95"]) for row in rows]
-        for variant, rows in result["scores"].items()
-    }
+    result = report(data.name, records)
+    lines = {}
+    for variant, rows in result["scores"].items():
+        lines[VARIANTS[variant]] = [(row["passes"], row["accuracy"], row["ci95"]) for row in rows]
     path = out / f"text_{data.name}.png"
     rm.draw_lines(path, lines, "forward passes", "right answers, %", log=True)
     rm.write_json(path.with_suffix(".json"), result)
     return result
 
 
-def report(records: dict[str, dict], data: Data) -> dict:
+def report(name: str, records: dict[str, dict]) -> dict:
     """Scores of the variants and paired differences to SFT at equal passes; prints both."""
-    scores = {variant: record["test"] for variant, record in records.items()}
-    passes = "".join(f"{row['passes']:8}" for row in scores["rm"])
-    print(f"\n{data.name}, right % at{passes} passes")
-    for subject in scores["rm"][0]["subjects"]:
-        print(subject)
+    scores = {variant: record.pop("test") for variant, record in records.items()}
+    passes = "".join(f"{row['passes']:8}" for row in scores["sft"])
+    print(f"\n{f'{name}, right % at passes':38}{passes}")
+    for subject in scores["sft"][0]["subjects"]:
         for variant, rows in scores.items():
             cells = "".join(f"{100 * row['subjects'][subject]:8.1f}" for row in rows)
-            print(f"  {VARIANTS[variant][0]:16}{cells}")
+            print(f"{subject:24}{VARIANTS[variant]:14}{cells}")
 
-    sft = {row["passes"]: row["right"] for row in scores["sft"]}
     minus_sft = {variant: [] for variant in REVISING if variant in scores}
     for variant, differences in minus_sft.items():
-        for row in scores[variant]:
-            other = sft.get(row["passes"], scores["sft"][-1]["right"])  # done after N passes
-            paired = {name: rm.paired_bootstrap(x, other[name]) for name, x in row["right"].items()}
+        for row, sft in zip(scores[variant], scores["sft"]):
+            ours, theirs = row["right"], sft["right"]
+            paired = {name: rm.paired_bootstrap(ours[name], theirs[name]) for name in ours}
             differences.append({"passes": row["passes"], **paired})
-            bounds = paired["all"]["difference"], *paired["all"]["ci95"]
-            points = "{:+.1f} points ({:+.1f} to {:+.1f})".format(*(100 * x for x in bounds))
-            done = f"{row['repaired']:.1%} repaired, {row['broken']:.1%} broken"
-            print(f"{VARIANTS[variant][0]} minus SFT at {row['passes']} passes: {points}; {done}")
-    kept = ("steps", "minutes", "params", "settings", "haste", "provenance", "curve")
-    return {
-        "answer_length": data.tokenizer.answer_length,
-        "scores": scores,
-        "minus_sft": minus_sft,
-        "records": {v: {key: record[key] for key in kept} for v, record in records.items()},
-    }
-
-
-# ------------------------------------------------------------------------------------------------
-# The command line
+            points = [100 * x for x in (paired["all"]["difference"], *paired["all"]["ci95"])]
+            found = "{:+.1f} points ({:+.1f} to {:+.1f})".format(*points)
+            print(f"{VARIANTS[variant]} minus SFT at {row['passes']} passes: {found}")
+    return {"scores": scores, "minus_sft": minus_sft, "records": records}
 
 
 def parse_arguments():
@@ -861,50 +778,46 @@ def parse_arguments():
     positive = rm.number(int, 1)
     train = ("--task", "--data")  # modes: training on a task, on own data, ...
     evaluate = ("--evaluate", "--evaluate --test")
-
     add = options.group("in place of training")
     add("--evaluate", action="store_true", modes=evaluate, help="score --checkpoint")
     add("--ask", metavar="PROMPT", help="answer one prompt and show every turn")
-
     add = options.group("generated problems", "--task")
     add("--task", choices=[*TASKS, "all"], default="code", help="default code")
     add("--pool", type=positive, default=100_000, help="to train on (default 100000)")
-
     add = options.group("own problems", "--data", "--evaluate --test")
     add("--data", type=Path, metavar="TRAIN.jsonl", modes=("--data",), help="train; needs --test")
     add("--test", type=Path, metavar="TEST.jsonl", help="score on these")
     add("--prompt-key", default="prompt", metavar="KEY", help="question, instruction, ...")
     add("--answer-key", default="answer", metavar="KEY", help="output, ...")
-    add("--max-length", type=positive, metavar="TOKENS", help="leave out those with a longer text")
+    add("--max-length", type=positive, default=10**9, metavar="TOKENS", help="drop longer texts")
     add("--words", action="store_true", modes=("--data",), help="tokens are words, not characters")
-
     add = options.group("training", *train)
     add("--law", choices=LAWS, default="ours", help="of RM's training states (default ours)")
     add("--history", action="store_true", help="also train RM + history (Eq. 2)")
     add("--base-steps", type=positive, default=3000, help="of the base (default 3000)")
     add("--steps", type=positive, default=1500, help="of each other variant (default 1500)")
     add("--compile", action="store_true", help="torch.compile (on CPU needs a C++ compiler)")
-
     add = options.group("decoding")
-    add("--checkpoint", type=Path, default=HERE / "checkpoints/text_rm.pt",
-        modes=(*evaluate, "--ask"), help="default: the shipped one")
+    shipped = HERE / "checkpoints/text_rm.pt"
+    add("--checkpoint", type=Path, default=shipped, modes=(*evaluate, "--ask"), help="our own")
     add("--n", type=positive, default=1050, modes=train + evaluate, help="test problems (1050)")
     add("--passes", type=positive, nargs="+", help="at most (default N/16 to 2N; with --ask N)")
-    options.general("runs/text, with --smoke runs/smoke", "of training, of test problems 1;", train,
-        (*train, "--evaluate"))  # fmt: skip
+    seeded = (*train, "--evaluate")
+    options.general("runs/text", "of training, of test problems 1;", train, seeded)
 
     def mode_of(args) -> str:
-        if args.ask is not None:
-            return "--ask"
-        if args.evaluate:
-            return "--evaluate --test" if args.test else "--evaluate"
-        return "--data" if args.data else "--task"
+        mode = next((mode for mode in ("ask", "evaluate", "data") if mode in args.given), "task")
+        return f"--{mode} --test" if mode == "evaluate" and args.test else f"--{mode}"
 
     args = options.parse(mode_of)
     if args.mode == "--data" and not args.test:
         options.error("--data needs --test")
     if args.mode == "--ask" and len(args.passes or []) > 1:
         options.error("--passes takes one number with --ask")
+    if args.smoke:
+        small = {"base_steps": 4, "steps": 4, "pool": 200, "n": 14, "passes": [1, 3]}
+        vars(args).update({name: x for name, x in small.items() if name not in args.given})
+    args.out = args.out or HERE / ("runs/smoke" if args.smoke else "runs/text")
     return args
 
 
@@ -913,33 +826,25 @@ def main() -> None:
     device = rm.start_device(args.device)
     keys = {"prompt_key": args.prompt_key, "answer_key": args.answer_key}
     read = partial(read_problems, **keys, max_length=args.max_length)
-    use = run_training if args.mode in ("--task", "--data") else use_checkpoint
-    result = use(args, read, device)
+    names = ("out", "base_steps", "steps", "history", "seed", "passes", "law", "compile")
+    plan = {name: getattr(args, name) for name in names}
+    train = partial(train_all, device=device, size=(32, 1) if args.smoke else SIZE, **plan)
+    if args.mode == "--data":
+        found = read(args.data, args.words), read(args.test, args.words)[: args.n]
+        result = train(own_data(args.data.stem, *found, args.words))
+    elif args.mode == "--task":
+        tasks = TASKS if args.task == "all" else [args.task]
+        result = {task: train(generated_data(task, args.pool, args.n, args.seed)) for task in tasks}
+        result = result if args.task == "all" else result[args.task]
+    else:
+        result = use_checkpoint(args, read, device)
     if args.json and rm.is_main_process():
         rm.write_json(args.json, result)
 
 
-def run_training(args, read: Callable, device: torch.device) -> dict:
-    """Trains on own data or on one task; on all, one after another, results by task."""
-    size, out = SIZE, HERE / "runs/text"
-    if args.smoke:
-        size, out = (32, 1), HERE / "runs/smoke"
-        small = {"base_steps": 4, "steps": 4, "pool": 200, "n": 14, "passes": [1, 3]}
-        vars(args).update({name: x for name, x in small.items() if name not in args.given})
-    names = ("base_steps", "steps", "history", "seed", "passes", "law", "compile")
-    plan = {name: getattr(args, name) for name in names}
-    train = partial(train_all, out=args.out or out, device=device, size=size, **plan)
-    if args.data:
-        found = read(args.data, args.words), read(args.test, args.words)[: args.n]
-        return train(own_data(args.data.stem, *found, args.words))
-    tasks = TASKS if args.task == "all" else [args.task]
-    results = {task: train(generated_data(task, args.pool, args.n, args.seed)) for task in tasks}
-    return results if args.task == "all" else results[args.task]
-
-
 def use_checkpoint(args, read: Callable, device: torch.device) -> dict:
     """Answers a prompt, or scores on own problems or on those of the task it was trained on."""
-    needs = ("variant", "tokenizer", "trained_on", "gamma", "rotate")
+    needs = ("variant", "tokenizer", "trained_on", "gamma", "rotate", "haste")
     model, info = rm.load_checkpoint(args.checkpoint, "text", device, needs)
     if args.mode == "--ask":
         return ask(model, info, args.ask, args.passes and args.passes[0])
@@ -951,9 +856,12 @@ def use_checkpoint(args, read: Callable, device: torch.device) -> dict:
     else:
         raise InputError(f"the model was trained on {info['trained_on']}: it needs --test")
     check_test(Tokenizer(**info["tokenizer"]), test)
-    scores = evaluate_all(model, info, test, args.passes)
-    result = {"variant": info["variant"], "seed": seed, "scores": scores}
-    return result | {"provenance": rm.provenance()}
+    return {
+        "variant": info["variant"],
+        "seed": seed,
+        "scores": evaluate_all(model, info, test, args.passes),
+        "provenance": rm.provenance(),
+    }
 
 
 if __name__ == "__main__":
