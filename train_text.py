@@ -578,6 +578,12 @@ def reveal_trajectory(
 # Decoding and scores
 
 
+def low_confidence(logits, tokens, mask_id, editable, turn: int, max_turns: int) -> Tensor:
+    """LLaDA's rule for rm.revise: the most confident masks, spread evenly over the turns left."""
+    count = -(-(tokens == mask_id).sum(-1) // (max_turns + 1 - turn))  # rounded up
+    return rm.decide(logits, tokens, mask_id, editable, count, allow_remask=False)
+
+
 def decode(model: Model, info: dict, rows: Tensor, passes: int) -> Iterator[rm.Revision]:
     """Answers Tokenizer.rows in at most `passes` forward passes; a Revision for every 256 rows.
 
@@ -594,14 +600,9 @@ def decode(model: Model, info: dict, rows: Tensor, passes: int) -> Iterator[rm.R
         with rm.mixed_precision(device):
             return model(embedded).float()
 
-    def low_confidence(logits, tokens, mask_id, editable, reveal):  # evenly over the turns left
-        count = -(-(tokens == mask_id).sum(-1) // next(left))  # rounded up
-        return rm.decide(logits, tokens, mask_id, editable, count, allow_remask=False)
-
     rule = None if info["variant"] in REVISING else low_confidence
     for part in rows.to(device).split(256):
         history = HistoryReference(model.embedding.detach(), info["gamma"], info["rotate"])
-        left = iter(range(passes, 0, -1))
         yield rm.revise(denoiser, part, MASK, history, passes, editable, reveal, True, rule=rule)
 
 
