@@ -117,8 +117,7 @@ def check_history(embedding: Tensor, gamma: float, rotate: bool) -> None:
     shape = [*embedding.shape]
     require(len(shape) == 2 and min(shape) > 0, f"embedding must be a weight [V, D], got {shape}")
     require(0 <= gamma <= 1, f"gamma must lie in [0, 1], got {gamma}")
-    odd = rotate and shape[1] % 2 == 1
-    require(not odd, f"embedding must have an even D to rotate, got {shape}")
+    require(not rotate or shape[1] % 2 == 0, f"embedding must have an even D, got {shape}")
 
 
 def _launch(kernel: Callable, grid: tuple[int, ...], x: Tensor, *rest, **meta) -> None:
@@ -150,7 +149,8 @@ def _walk(x: Tensor) -> tuple[Tensor, tuple[int, ...], int]:
     x = x[(None,) * (3 - x.ndim)] if x.ndim <= 3 else x.flatten(0, -3)
     batch, length, width = x.shape
     strides = (x.stride(0) if batch > 1 else 0, x.stride(1), x.stride(2))
-    aligned = all(n % 16 == 0 for n in (*strides[:2], width, x.storage_offset()))
+    offset = 0 if torch.compiler.is_compiling() else x.storage_offset()  # cannot be traced
+    aligned = all(n % 16 == 0 for n in (*strides[:2], width, offset))
     group = 16 // x.dtype.itemsize if strides[2] == 1 and aligned else 1
     return x, (length, *strides, width), group
 
@@ -540,8 +540,7 @@ def decide_from_hidden(
     """Eq. 1 from hidden states; logits = hidden @ head.T + bias exist at masked positions only.
 
     hidden: float [..., D].  head: the output weight [V, D], bias: [V]; same dtype and device.
-    The rest, NaN and ties too: as in decide_from_logits.  Workspace: 256 MiB of logits, or 256 rows
-    where that is more.
+    The rest, NaN and ties too: as in decide_from_logits.  Workspace: max(256 MiB, 256 rows).
     max_masked: a promise that no more than so many positions are masked and editable; further ones
     stay masked (on CPU they are a ValueError).  Without it and for V > 1,024 the row count is asked
     of the device once: a CUDA graph and torch.compile(fullgraph=True) then refuse.
@@ -556,8 +555,7 @@ def decide_from_hidden(
     masked = tokens == mask_id if editable is None else editable & (tokens == mask_id)
     masked = masked.flatten()
     if max_masked is not None and tokens.device.type == "cpu":
-        found = int(masked.sum())
-        require(found <= max_masked, f"max_masked is {max_masked}, but {found} are masked")
+        require(int(masked.sum()) <= max_masked, f"more than max_masked = {max_masked} are masked")
 
     best, confidence, _, following = decision = _new_decision(tokens)
     tile, columns, warps = _tile(width)
@@ -930,9 +928,9 @@ def revision_cross_entropy(
     inputs: logits float [..., V]; or, with head, the output weight [V, D], and bias [V] or None,
     hidden states float [..., D].  target, role: int32 or int64 [...]; role 0 reveal, 1 re-mask,
     2 keep, -1 no loss.  A part is the sum over its role's positions divided by the number of
-    positions with any role, 0 where there are none; total is their sum by weights, and alone has a
-    gradient.  NaN, +inf and rows of -inf in a counted row propagate as in F.cross_entropy; ignored
-    rows are not read.
+    positions with any role, 0 where there are none; total is their sum by the weights and alone has
+    a gradient.  NaN, +inf and rows of -inf in a counted row propagate as in F.cross_entropy;
+    ignored rows are not read.
     With head, logits exist for max(2,048 rows, 64 MiB) at a time, gradients are computed on the way
     forward, and the number of counted rows is asked of the device once: a CUDA graph and
     torch.compile(fullgraph=True) then refuse.

@@ -898,6 +898,24 @@ def test_benchmark_smoke(tmp_path):
     assert run.returncode == 2 and len(run.stderr.splitlines()) == 1 and "abacus" in run.stderr
 
 
+def test_a_full_graph_is_traced_without_a_gpu(monkeypatch):
+    """Nothing on the way to the launches stops a tracer; the test below also runs them."""
+    tokens, role = torch.tensor([0, 9, 9, 3]), torch.tensor([REVEAL, REMASK, KEEP, IGNORE])
+    logits = torch.randn(2, 2, 3008).flatten(0, 1).requires_grad_()
+    hidden, head = torch.randn(4, 64), torch.randn(500, 64)
+
+    def one_turn():
+        total = revision_cross_entropy(logits, tokens, role)[0]
+        decision = decide_from_logits(logits, tokens, 9, tokens > 0)
+        read = history_step(hidden, tokens, head)[1] + history_sum(tokens[None], head)
+        return total, *decision, *decide_from_hidden(hidden, head, tokens, 9), read
+
+    monkeypatch.setattr(kernels, "_launch", lambda *_, **__: None)
+    results = torch.compile(one_turn, fullgraph=True, backend="aot_eager")()
+    assert len(results) == 10 and results[0].requires_grad
+    results[0].backward()
+
+
 @needs_gpu
 def test_full_graph_and_cuda_graph_and_stream():
     mask_id, vocabulary, width = 9, 3000, 64
