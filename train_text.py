@@ -6,10 +6,9 @@
     python train_text.py --ask "number of x over 3|7 4:2|8 6:2" --passes 9      watch it revise
     python train_text.py --data TRAIN.jsonl --test TEST.jsonl   lines {"prompt": ..., "answer": ...}
 
-A base model learns plain mask diffusion; from it come vanilla SFT and RM, with the same data and
-steps.  What differs from the paper: a million parameters on generated problems, a prompt that is
-intact in post-training, mistakes of the frozen base where part of the rest is masked too, Muon, and
-what is called ours.
+A base learns plain mask diffusion; from it come vanilla SFT and RM, with the same data and steps.
+What differs from the paper: a million parameters on generated problems, prompts intact in
+post-training, mistakes of the base where part of the rest is masked too, Muon, what is called ours.
 """
 
 import json
@@ -41,8 +40,7 @@ SPECIAL = ["_", "·", "¶"]  # how the terminal shows them
 VARIANTS = {"base": "base", "sft": "vanilla SFT", "rm": "RM", "history": "RM + history"}  # labels
 REVISING = ("rm", "history")
 GAMMA = 0.9  # of history; the paper does not state it
-# Laws of training states: the mean share of positions that start wrong, and of rows in a reveal.
-LAWS = {"ours": (0.5, 0.5), "paper": (0.3, 0.0)}
+LAWS = {"ours": (0.5, 0.5), "paper": (0.3, 0.0)}  # share that starts wrong, of rows in a reveal
 SIZE = (128, 4)  # width and layers of the network: 0.8 M parameters
 BATCH_SIZE = 32
 LEARNING_RATE = {"base": 2.5e-3, "sft": 4e-4, "rm": 4e-4, "history": 4e-4}
@@ -55,7 +53,7 @@ TEST_SEED = 1  # of the published test problems
 
 
 # ------------------------------------------------------------------------------------------------
-# Text and tokens
+# Problems, their text and tokens
 
 
 class Problem(NamedTuple):
@@ -102,16 +100,13 @@ class Tokenizer:
             raise InputError(f"{where} has {error}, which the training data lack") from None
 
     def rows(self, problems: list[Problem], answers: bool = False) -> Tensor:
-        """int64 [n, prompt_length + answer_length]; without answers MASK stands in their place.
-
-        InputError: an unknown symbol, a prompt that is empty or too long.
-        """
+        """int64 [n, prompt_length + answer_length]; without answers MASK stands in their place."""
         rows = []
         for problem in problems:
             prompt = self.encode(problem.prompt, problem.where)
             if not 0 < len(prompt) <= self.prompt_length:
-                takes = f"the model takes 1 to {self.prompt_length}"
-                raise InputError(f"{problem.where} has {len(prompt)} tokens, {takes}")
+                wanted = f"must have 1 to {self.prompt_length} tokens"
+                raise InputError(f"{problem.where} {wanted}, got {len(prompt)}")
             answer = [MASK] * self.answer_length
             if answers:
                 answer = [*self.encode(problem.answer, problem.where), END]
@@ -124,10 +119,6 @@ class Tokenizer:
         """The answer that ids, prompt excluded, spell up to END or PAD; a MASK shows as _."""
         spelled = takewhile(lambda token: token not in (END, PAD), ids)
         return self.space.join(self.shown[token] for token in spelled)
-
-
-# ------------------------------------------------------------------------------------------------
-# Problems
 
 
 class Author(random.Random):
@@ -172,8 +163,8 @@ class Author(random.Random):
         rest = self.randint(1, b - 1)
         number = b * quotient + rest
         steps = self.times(b, quotient), self.plus(b * quotient, rest)
-        least = self.randint(1, number - 1)
-        return f"over {least}, leaves {rest} by {b}: number?", *steps, number
+        prompt = f"over {self.randint(1, number - 1)}, leaves {rest} by {b}: number?"
+        return prompt, *steps, number
 
     def red_and_blue(self):
         share, whole = sorted(self.sample(range(1, 10), 2))
@@ -370,8 +361,7 @@ def check_test(tokenizer: Tokenizer, problems: list[Problem]) -> None:
     answers = [split(p.answer, tokenizer.words) for p in problems]
     fits = [len(a) < tokenizer.answer_length and tokenizer.ids.keys() >= {*a} for a in answers]
     if not all(fits):
-        count = f"{fits.count(False)} of {len(fits)} test answers"
-        say(f"{count} are too long or have what the training data lack: never right")
+        say(f"{fits.count(False)} of {len(fits)} test answers cannot be written: never right")
 
 
 def say(line: str) -> None:
@@ -547,9 +537,9 @@ def reveal_trajectory(
     In 1 to `remember` turns (1 says it all without history) the answer is revealed, rightly, until
     `masks` positions are left.  Then the base reveals the k it is surest of at once; in half of the
     rows some others follow, right.  Then what is wrong is re-masked.  Where, int64 [B]: before the
-    base's reveal (a third), after it (half) or after the re-masking.
-    clean, rank: int64 [B, N], rank below `length` in the answer.  masks: int64 [B, 1].  logits:
-    float [B, N, V], the base's where the masks lowest ranks are masked, -inf for MASK.
+    base's reveal (a third), after it (half) or after the re-masking.  rank: int64 [B, N], below
+    `length` in the answer.  masks: int64 [B, 1].  logits: float [B, N, V] with -inf for MASK, the
+    base's where the masks lowest ranks are masked.
     """
     uniform = partial(torch.rand, generator=generator, device=clean.device)
     batch = len(clean)
@@ -681,11 +671,8 @@ def train_variant(
     model = Model(config).to(pool.device)
     base = None
     if variant != "base":
-        path = out / f"{data.name}_base_seed{seed}.pt"
-        base, _ = rm.load_checkpoint(path, "text", pool.device)
+        base, _ = rm.load_checkpoint(out / f"{data.name}_base_seed{seed}.pt", "text", pool.device)
         model.load_state_dict(base.state_dict())
-        if compile:
-            base.compile()
     settings = {
         "data": rm.fingerprint(pool, *data.tokenizer.symbols),
         "test": rm.fingerprint(*(text for p in data.test for text in p[:4])),
@@ -734,9 +721,8 @@ def train_all(
     """Every variant, then table and figure.  size: width, layers.  options: of train_variant."""
     check_test(data.tokenizer, data.test)
     pool = data.tokenizer.rows(data.train, answers=True).to(device)
-    width, layers = size
-    shape = (len(data.tokenizer.shown), pool.shape[1], width, layers)
-    config = TransformerConfig(*shape, feed_forward=4 * width, positions="both")
+    shape = (len(data.tokenizer.shown), pool.shape[1], *size)
+    config = TransformerConfig(*shape, feed_forward=4 * size[0], positions="both")
     plan = {"base": base_steps} | dict.fromkeys(["sft", "rm"] + ["history"] * history, steps)
     records = {v: train_variant(v, config, data, pool, n, out, **options) for v, n in plan.items()}
     if not rm.is_main_process():
@@ -803,8 +789,7 @@ def parse_arguments():
     add("--checkpoint", type=Path, default=shipped, modes=(*evaluate, "--ask"), help="our own")
     add("--n", type=positive, default=1050, modes=train + evaluate, help="test problems (1050)")
     add("--passes", type=positive, nargs="+", help="at most (default N/16 to 2N; with --ask N)")
-    seeded = (*train, "--evaluate")
-    options.general("runs/text", "of training, of test problems 1;", train, seeded)
+    options.general("runs/text", "of training, of test problems 1;", train, (*train, "--evaluate"))
 
     def mode_of(args) -> str:
         mode = next((mode for mode in ("ask", "evaluate", "data") if mode in args.given), "task")
@@ -857,12 +842,8 @@ def use_checkpoint(args, read: Callable, device: torch.device) -> dict:
     else:
         raise InputError(f"the model was trained on {info['trained_on']}: it needs --test")
     check_test(Tokenizer(**info["tokenizer"]), test)
-    return {
-        "variant": info["variant"],
-        "seed": seed,
-        "scores": evaluate_all(model, info, test, args.passes),
-        "provenance": rm.provenance(),
-    }
+    about = {"variant": info["variant"], "seed": seed, "provenance": rm.provenance()}
+    return about | {"scores": evaluate_all(model, info, test, args.passes)}
 
 
 if __name__ == "__main__":

@@ -688,8 +688,8 @@ BAD = {
     "no checkpoint": (["--ask", "1+1", "--checkpoint", "nowhere.pt"], "nowhere.pt"),
     "another task's": (["--ask", "1+1", "--checkpoint", "{tmp}/sudoku.pt"], "task 'sudoku'"),
     "unknown asked": (["--ask", "solve 3x=É", "--checkpoint", "{smoke}/math_rm_seed0.pt"], "'É'"),
-    "nothing asked": (["--ask", "", "--checkpoint", "{smoke}/math_rm_seed0.pt"], "0 tokens"),
-    "too long": (["--ask", "1" * 99, "--checkpoint", "{smoke}/math_rm_seed0.pt"], "99 tokens"),
+    "nothing asked": (["--ask", "", "--checkpoint", "{smoke}/math_rm_seed0.pt"], "tokens, got 0"),
+    "too long": (["--ask", "1" * 99, "--checkpoint", "{smoke}/math_rm_seed0.pt"], "got 99"),
 }
 
 
