@@ -9,8 +9,9 @@ ones, nobody says.  The model re-masks what it doubts, reveals again, stops when
 
 Tokens: MASK is 0, a digit is itself.
 What differs from the paper: it states neither its training data nor its settings, so sample_starts
-and the constants are ours.  Beside Eq. 1 as it stands we decode with one reveal a turn, which then
-sees the one before, and re-mask where p(M) > 0.22 p(x) (DOUBT).  As in the paper any cell may be re-masked, except the clues of a puzzle.
+and the constants are ours.  Beside Eq. 1 as it stands we decode with one reveal a turn, which sees
+the one before, and re-mask where p(M) > 0.22 p(x) (DOUBT).  As in the paper any cell may be
+re-masked, except the clues of a puzzle.
 """
 
 import random
@@ -455,7 +456,11 @@ def train_table(variant: str, out: Path, device: torch.device, seed: int, **plan
         against[label] = rm.paired_bootstrap(table[first]["right"], row["right"])
         low, high = against[label]["ci95"]
         print(f"{label:44}{against[label]['difference']:+8.1%} ({low:+.1%} to {high:+.1%})")
-    draw(out / f"{variants[0]}_curve.png", records[0]["curve"], "minutes")
+    lines = {
+        share: [(point["minutes"], point[share], None) for point in records[0]["curve"]]
+        for share in ("exact", "valid")
+    }
+    rm.draw_lines(out / f"{variants[0]}_curve.png", lines, "minutes", "%")
     result = {"table": table, "ours_against": against, "provenance": rm.provenance()}
     rm.write_json(out / f"{variant}_table.json", result)
     return result
@@ -476,15 +481,7 @@ def print_table(rows: dict[str, dict]) -> None:
 
 
 # ------------------------------------------------------------------------------------------------
-# Pictures
-
-
-def draw(path: Path, rows: list[dict], axis: str, shares: tuple = ("exact", "valid")) -> None:
-    """Shares of the rows against axis, with their intervals where a row has them."""
-    lines = {}
-    for share in shares:
-        lines[share] = [(row[axis], row[share], row.get(f"ci95_{share}")) for row in rows]
-    rm.draw_lines(path, lines, axis.replace("_", " "), "%", log=axis == "turns")
+# Watching it
 
 
 def show_turn(now: Tensor, before: Tensor) -> str:

@@ -30,7 +30,7 @@ AXES = {"turns": "turns", "severity": "wrong_cells", "clues": "clues", "calibrat
 
 
 def study_turns(trained: tuple, n: int, how: dict) -> list[dict]:
-    """A point for each limit of turns.  trained: (model, gamma, rotate).  how: max_turns, reveal."""
+    """A point for each limit of turns.  trained: (model, gamma, rotate).  how: of evaluate."""
     clean = random_boards(n, TEST_SEED)
     start = corrupt(clean, TEST_SEED)
     limits = [t for t in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 100) if t <= how["max_turns"]]
@@ -109,6 +109,14 @@ STUDIES = {
 }
 
 
+def draw(path: Path, rows: list[dict], axis: str, shares: tuple[str, ...]) -> None:
+    """Shares of the rows, with their intervals, against axis."""
+    lines = {}
+    for share in shares:
+        lines[share] = [(row[axis], row[share], row[f"ci95_{share}"]) for row in rows]
+    rm.draw_lines(path, lines, axis.replace("_", " "), "%", log=axis == "turns")
+
+
 def animate(path: Path, trace: Tensor) -> None:
     """A GIF of one revision, int64 [turns + 1, 81].
 
@@ -182,7 +190,7 @@ def main() -> None:
     about = {**how, "checkpoint": args.checkpoint.name, "provenance": rm.provenance()}
     rm.write_json(path.with_suffix(".json"), {"rows": rows, **about})
     shares = ("right",) if args.name == "calibration" else ("exact", "valid")
-    sudoku.draw(path.with_suffix(".png"), rows, AXES[args.name], shares)
+    draw(path.with_suffix(".png"), rows, AXES[args.name], shares)
 
 
 if __name__ == "__main__":
