@@ -796,16 +796,13 @@ def parse_arguments():
     general = {"out_modes": ("train", "image"), "seed_modes": ("train", "evaluate")}
     options.general("runs/image", seed="of training, or of test scenes", **general)
     modes = ("evaluate", "image")
-    args = options.parse(lambda args: next((m for m in modes if m in args.given), "train"))
+    mode_of = lambda args: next((mode for mode in modes if mode in args.given), "train")
+    args = options.parse(mode_of, {"steps": 2, "pool": 12, "n": 6})
 
-    if args.image and not (args.instruction and args.out and args.out.suffix.lower() == ".png"):
+    if args.image and not (args.instruction and args.out.suffix.lower() == ".png"):
         options.error("--image needs --instruction TEXT and --out OUT.png")
     if args.mode == "evaluate" and args.test and "seed" in args.given:
         options.error("--seed has no effect with --evaluate --test: it draws our own scenes")
-    if args.smoke:
-        small = {"steps": 2, "pool": 12, "n": 6}
-        vars(args).update({name: x for name, x in small.items() if name not in args.given})
-    args.out = args.out or HERE / ("runs/smoke" if args.smoke else "runs/image")
     return args
 
 

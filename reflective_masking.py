@@ -1086,9 +1086,11 @@ class Options(argparse.ArgumentParser):
         options = Options(description="...")
         add = options.group("training", "train")  # no mode: every one reads it
         add("--steps", type=number(int, 1))
-        args = options.parse(lambda args: "evaluate" if args.evaluate else "train")
+        options.general("runs/task")
+        args = options.parse(lambda args: "evaluate" if args.evaluate else "train", {"steps": 4})
 
-    An option given in a mode that would ignore it is an error; args.mode is the mode.
+    An option given in a mode that would ignore it is an error; args.mode is the mode, args.given
+    the names of the options given.  The last argument: what --smoke sets where it was not given.
     """
 
     def group(self, title: str, *modes: str) -> Callable[..., None]:
@@ -1101,14 +1103,16 @@ class Options(argparse.ArgumentParser):
 
     def general(self, out: str, seed: str = "of training", out_modes=(), seed_modes=()) -> None:
         """The options that every script has; out, seed and their modes differ."""
+        self.out = Path(__file__).parent / out
         add = self.group("general")
         add("--seed", type=number(int, 0, 999_999), default=0, modes=seed_modes, help=f"{seed} (0)")
         add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
-        add("--out", type=Path, metavar="DIR", modes=out_modes, help=f"default {out}")
+        where = f"default {out}, with --smoke runs/smoke"
+        add("--out", type=Path, metavar="DIR", modes=out_modes, help=where)
         add("--json", type=Path, metavar="FILE", help="also write the result as JSON")
         add("--smoke", action="store_true", help="everything tiny, in seconds, to see that it runs")
 
-    def parse(self, mode_of: Callable[[argparse.Namespace], str]) -> argparse.Namespace:
+    def parse(self, mode_of: Callable[[argparse.Namespace], str], small: dict):
         defaults = {action.dest: action.default for action in self._actions}
         for action in self._actions:
             action.default = argparse.SUPPRESS
@@ -1123,6 +1127,9 @@ class Options(argparse.ArgumentParser):
             if path:  # --out may name a picture; without an ending, or where one is, a folder
                 picture = path.suffix == ".png" and not path.is_dir()
                 check_writable(path if picture or path == args.json else path / "file")
+        args.out = args.out or (self.out.with_name("smoke") if args.smoke else self.out)
+        small = small if args.smoke else {}
+        vars(args).update({name: value for name, value in small.items() if name not in given})
         return args
 
     def error(self, message: str):

@@ -619,16 +619,13 @@ def parse_options():
     add("--doubt", type=rm.number(float, 0, 100), help=f"nats, see DOUBT (0; one a turn {DOUBT})")
     options.general("runs/sudoku", "of training; with --evaluate of the test boards",
                     ("train",), ("train", "evaluate"))  # fmt: skip
-    args = options.parse(lambda args: next((m for m in used if m in args.given), "train"))
+    mode_of = lambda args: next((mode for mode in used if mode in args.given), "train")
+    args = options.parse(mode_of, {"steps": 4, "n": 8, "max_turns": 4})
 
     if (args.steps or args.smoke) and "minutes" in args.given:
         options.error("--minutes has no effect with --steps or --smoke")
     if args.corrupt[0] > args.corrupt[1]:
         options.error(f"--corrupt: {args.corrupt[0]} is more than {args.corrupt[1]}")
-    args.out = args.out or HERE / ("runs/smoke" if args.smoke else "runs/sudoku")
-    tiny = {"steps": 4, "n": 8, "max_turns": 4} if args.smoke else {}
-    for name in tiny.keys() - args.given:
-        setattr(args, name, tiny[name])
     solving = args.mode in ("solve", "puzzles")
     args.reveal = int(solving) if args.reveal is None else args.reveal
     args.max_turns = args.max_turns or (100 if args.reveal else 32)

@@ -795,15 +795,12 @@ def parse_arguments():
         mode = next((mode for mode in ("ask", "evaluate", "data") if mode in args.given), "task")
         return f"--{mode} --test" if mode == "evaluate" and args.test else f"--{mode}"
 
-    args = options.parse(mode_of)
+    small = {"base_steps": 4, "steps": 4, "pool": 200, "n": 14, "passes": [1, 3]}
+    args = options.parse(mode_of, small)
     if args.mode == "--data" and not args.test:
         options.error("--data needs --test")
-    if args.mode == "--ask" and len(args.passes or []) > 1:
+    if args.mode == "--ask" and "passes" in args.given and len(args.passes) > 1:
         options.error("--passes takes one number with --ask")
-    if args.smoke:
-        small = {"base_steps": 4, "steps": 4, "pool": 200, "n": 14, "passes": [1, 3]}
-        vars(args).update({name: x for name, x in small.items() if name not in args.given})
-    args.out = args.out or HERE / ("runs/smoke" if args.smoke else "runs/text")
     return args
 
 

@@ -933,7 +933,7 @@ def parse(monkeypatch, *arguments):
     add = options.group("evaluation", "evaluate")
     add("--evaluate", action="store_true")
     add("--turns", type=rm.number(int, 1), default=32)
-    return options.parse(lambda args: "evaluate" if args.evaluate else "train")
+    return options.parse(lambda args: "evaluate" if args.evaluate else "train", {})
 
 
 def test_options_have_defaults_and_know_what_was_given(monkeypatch):
