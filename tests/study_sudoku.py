@@ -4,7 +4,7 @@
     python tests/study_sudoku.py severity       the same against the number of wrong cells
     python tests/study_sudoku.py clues          puzzles solved against their clues
     python tests/study_sudoku.py calibration    what p(x) means at visible cells
-    python tests/study_sudoku.py board          a GIF of one revision
+    python tests/study_sudoku.py board --reveal 0 --doubt 0      the moving board of the README
 
 Each writes results/sudoku_<name>.json and .png (board: .gif).  One reveal a turn by default.
 """
@@ -184,7 +184,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / f"sudoku_{args.name}"
     if args.name == "board":
-        animate(path.with_suffix(".gif"), find_retry(trained, args.n, how))
+        animate(path.with_suffix(".gif"), find_retry(trained, min(args.n, 100), how))
         return
     rows = STUDIES[args.name](trained, args.n, how)
     about = {**how, "checkpoint": args.checkpoint.name, "provenance": rm.provenance()}
