@@ -111,12 +111,13 @@ class HistoryReference:
 
     embedding: float [V, D] (not copied).  gamma, rotate, normalize, impl: as in history_embedding.
     After x(0), ..., x(t) are pushed the value returned equals history_embedding([x(0), ..., x(t)]).
+    window (ours): the sum of the latest so many states, for a model that training showed no more.
     No gradient.
     """
 
     def __init__(
         self, embedding: Tensor, gamma: float = 0.9, rotate: bool = True,
-        normalize: bool = True, impl: str | None = None,
+        normalize: bool = True, impl: str | None = None, window: int | None = None,
     ):  # fmt: skip
         check_history(embedding, gamma, rotate)
         self.embedding = embedding
@@ -124,7 +125,8 @@ class HistoryReference:
         self.rotate = rotate
         self.normalize = normalize
         self.impl = impl
-        self.sum: Tensor | None = None  # a(t-1) before the norm, at least float32
+        self.window = window
+        self.reset()
 
     @torch.no_grad()
     def push(self, tokens: Tensor) -> Tensor:
@@ -134,6 +136,12 @@ class HistoryReference:
         """
         expected = tokens.shape if self.sum is None else self.sum.shape[:-1]
         check_ids("tokens", tokens, expected, self.embedding.device, 0, len(self.embedding))
+        if self.window:
+            self.latest = [*self.latest, tokens][-self.window :]
+            how = (self.gamma, self.rotate, self.normalize, self.impl)
+            self.sum = history_embedding(torch.stack(self.latest), self.embedding, *how)
+            return self.sum
+
         past = self.sum if self.gamma else None
         if use_triton(self.impl, self.embedding):
             self.sum, read = kernels.history_step(
@@ -150,9 +158,11 @@ class HistoryReference:
 
     def reset(self) -> None:
         """Forgets every state; the next push may have any shape."""
-        self.sum = None
+        self.sum: Tensor | None = None  # a(t-1) before the norm, at least float32
+        self.latest: list[Tensor] = []  # with a window: its states
 
     def keep(self, rows: Tensor) -> None:
         """Keeps the sequences that rows names (int64 indices or bool [B]); the rest have ended."""
         if self.sum is not None:
             self.sum = self.sum[rows]
+            self.latest = [tokens[rows] for tokens in self.latest]

@@ -57,6 +57,7 @@ TRAINING = {"batch_size": 64, "learning_rate": 2.5e-3}
 TEST_SEED = 1_000_000  # training boards use the seeds below
 VALIDATION_SEED = 2_000_000
 ONE_A_TURN = {"reveal": 1, "max_turns": 100}  # decoding that lets a reveal see the one before
+WINDOW = 6  # states that history sums in decoding: training shows no more
 DOUBT = 1.5  # added to MASK's logit then: a needless re-mask costs a turn, a kept mistake stays
 
 # ------------------------------------------------------------------------------------------------
@@ -311,7 +312,8 @@ def revise_boards(
     """
     model, gamma, rotate = trained
     raised = doubt * F.one_hot(torch.tensor(MASK, device=model.embedding.device), 10)
-    history = HistoryReference(model.embedding.detach(), gamma, rotate)
+    window = WINDOW if gamma else None
+    history = HistoryReference(model.embedding.detach(), gamma, rotate, window=window)
     start = start.to(model.embedding.device)
     editable = (start == MASK) | (not solve)
     # With history, or a rule that knows its turn, a state that returns is no dead end.
