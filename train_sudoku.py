@@ -57,7 +57,7 @@ TRAINING = {"batch_size": 64, "learning_rate": 2.5e-3}
 TEST_SEED = 1_000_000  # training boards use the seeds below
 VALIDATION_SEED = 2_000_000
 ONE_A_TURN = {"reveal": 1, "max_turns": 100}  # decoding that lets a reveal see the one before
-WINDOW = 6  # states that history sums in decoding: training shows no more
+WINDOW = 3  # states that history sums in decoding: training shows six at most
 DOUBT = 1.5  # added to MASK's logit then: a needless re-mask costs a turn, a kept mistake stays
 
 # ------------------------------------------------------------------------------------------------
