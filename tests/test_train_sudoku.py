@@ -317,7 +317,7 @@ def test_any_valid_solution_of_a_puzzle_counts_as_solved(tmp_path, monkeypatch, 
     command = ("--puzzles", file, "--json", tmp_path / "result.json")
     for line, reveal, exact, turns in ((" ".join(text), 1, 0, 19), (text[0], 0, None, 2)):
         file.write_text(line)
-        run_main(monkeypatch, *command, "--reveal", reveal)
+        run_main(monkeypatch, *command, "--reveal", reveal, "--doubt", 0)
         result = json.loads((tmp_path / "result.json").read_text())
         assert (result["exact"], result["solved"], result["mean_turns"]) == (exact, 1, turns)
         assert "solved 100.0% of 1 puzzles" in capsys.readouterr().out
@@ -377,7 +377,7 @@ def test_revise_and_solve_show_their_turns(smoke, monkeypatch, capsys):
     run_main(monkeypatch, "--revise", SOLVED, "--max-turns", 3, *common)
     assert "turn 1" in capsys.readouterr().out
     assert json.loads(path.read_text()).keys() == {"board", "turns", "status", "valid"}
-    run_main(monkeypatch, "--solve", PUZZLE.replace("0", "_"), *common)
+    run_main(monkeypatch, "--solve", PUZZLE.replace("0", "_"), "--doubt", 0, *common)
     solved = json.loads(path.read_text())["board"]
     assert all(clue in ("0", digit) for clue, digit in zip(PUZZLE, solved)) and "0" not in solved
     turns = capsys.readouterr().out.replace("-+-", "---").split("\nturn ")[1:]
@@ -557,3 +557,15 @@ def test_the_shipped_model_repairs_boards_and_leaves_right_ones_alone():
     history = HistoryReference(model.embedding.detach(), info["gamma"], info["rotate"])
     right = rm.revise(model, clean, sudoku.MASK, history)
     assert (right.tokens == clean).all(-1).float().mean() >= 0.95
+
+
+def test_doubt_repairs_boards_that_eq_1_leaves_in_conflict():
+    model, info = rm.load_checkpoint(ROOT / "checkpoints/sudoku_rm.pt", "sudoku")
+    trained = (model, info["gamma"], info["rotate"])
+    clean = sudoku.random_boards(40, sudoku.VALIDATION_SEED)
+    start = sudoku.corrupt(clean, 0, 32, 32)
+    keep, doubt = (
+        sudoku.evaluate(trained, clean, start, **sudoku.DECODINGS["rm"][name])
+        for name in ("one reveal a turn", "one reveal a turn, doubt")
+    )
+    assert doubt["valid"] > keep["valid"] and doubt["doubt"] == sudoku.DOUBT
