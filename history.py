@@ -111,8 +111,8 @@ class HistoryReference:
 
     embedding: float [V, D] (not copied).  gamma, rotate, normalize, impl: as in history_embedding.
     After x(0), ..., x(t) are pushed the value returned equals history_embedding([x(0), ..., x(t)]).
-    window (ours): the sum of the latest so many states, for a model that training showed no more.
-    No gradient.
+    window (ours): only the latest so many states are summed, where decoding takes more turns than
+    training showed; None: all.  No gradient.
     """
 
     def __init__(
@@ -120,6 +120,7 @@ class HistoryReference:
         normalize: bool = True, impl: str | None = None, window: int | None = None,
     ):  # fmt: skip
         check_history(embedding, gamma, rotate)
+        require(window is None or window >= 1, f"window must be None or at least 1, got {window}")
         self.embedding = embedding
         self.gamma = gamma
         self.rotate = rotate
@@ -136,7 +137,7 @@ class HistoryReference:
         """
         expected = tokens.shape if self.sum is None else self.sum.shape[:-1]
         check_ids("tokens", tokens, expected, self.embedding.device, 0, len(self.embedding))
-        if self.window:
+        if self.window is not None:
             self.latest = [*self.latest, tokens][-self.window :]
             how = (self.gamma, self.rotate, self.normalize, self.impl)
             self.sum = history_embedding(torch.stack(self.latest), self.embedding, *how)
@@ -159,7 +160,7 @@ class HistoryReference:
     def reset(self) -> None:
         """Forgets every state; the next push may have any shape."""
         self.sum: Tensor | None = None  # a(t-1) before the norm, at least float32
-        self.latest: list[Tensor] = []  # with a window: its states
+        self.latest: list[Tensor] = []  # with a window: its states; sum is then what was read
 
     def keep(self, rows: Tensor) -> None:
         """Keeps the sequences that rows names (int64 indices or bool [B]); the rest have ended."""

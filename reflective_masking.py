@@ -295,9 +295,8 @@ def revise(
     tokens: int64 [B, N], MASK where nothing stands yet.  history: it is reset first.  editable,
     reveal, head, bias, impl: as in decide.  rule: in place of Eq. 1, for baselines; rule(logits,
     tokens, mask_id, editable=, turn=, max_turns=) -> int64 [B, N], where turn counts from 1.
-    context: tensors with a row a sequence
-    (an attention mask, say), for the denoiser as keywords; finished sequences leave the batch, and
-    their rows of context too.  A sequence ends with
+    context: tensors with a row a sequence (an attention mask, say), for the denoiser as keywords;
+    finished sequences leave the batch, and their rows of context too.  A sequence ends with
 
       FIXED_POINT   the turn changed nothing.  With history the memory still changes after that, so
                     a later turn might differ; it counts as settled, as in the released code.
@@ -310,7 +309,8 @@ def revise(
     """
     require(max_turns >= 1, f"max_turns must be at least 1, got {max_turns}")
     require(reveal is None or reveal >= 1, f"reveal must be None or at least 1, got {reveal}")
-    require(rule is None or head is None, "head belongs to Eq. 1, which rule replaces")
+    alone = rule is None or (head is None and reveal is None)
+    require(alone, "head and reveal belong to Eq. 1, which rule replaces")
     eq1 = partial(decide, head=head, bias=bias, impl=impl)
     editable = torch.tensor(True, device=tokens.device) if editable is None else editable
     editable = editable.expand_as(tokens)
@@ -334,8 +334,11 @@ def revise(
         require(fits, f"{wanted}, got {[*logits.shape]}: what it holds a sequence goes in context")
         nan = logits.amax(-1).isnan() & editable
         require(not nan.any(), f"denoiser returned NaN in turn {turn}")
-        how = {"turn": turn, "max_turns": max_turns} if rule else {"reveal": reveal}
-        following = (rule or eq1)(logits, tokens, mask_id, editable=editable, **how)
+        if rule is None:
+            following = eq1(logits, tokens, mask_id, editable, reveal)
+        else:
+            how = {"editable": editable, "turn": turn, "max_turns": max_turns}
+            following = rule(logits, tokens, mask_id, **how)
 
         settled = (following == tokens).all(-1)
         returned = (past == following).all(-1).sum(0) >= patience
@@ -1112,7 +1115,7 @@ class Options(argparse.ArgumentParser):
         add("--json", type=Path, metavar="FILE", help="also write the result as JSON")
         add("--smoke", action="store_true", help="everything tiny, in seconds, to see that it runs")
 
-    def parse(self, mode_of: Callable[[argparse.Namespace], str], small: dict):
+    def parse(self, mode_of: Callable[..., str], small: dict) -> argparse.Namespace:
         defaults = {action.dest: action.default for action in self._actions}
         for action in self._actions:
             action.default = argparse.SUPPRESS

@@ -10,8 +10,8 @@ ones, nobody says.  The model re-masks what it doubts, reveals again, stops when
 Tokens: MASK is 0, a digit is itself.
 What differs from the paper: it states neither its training data nor its settings, so sample_starts
 and the constants are ours.  Beside Eq. 1 as it stands we decode with one reveal a turn, which sees
-the one before, and re-mask where p(M) > 0.22 p(x) (DOUBT).  As in the paper any cell may be
-re-masked, except the clues of a puzzle.
+the one before, and re-mask where p(M) > 0.22 p(x) (DOUBT).  Decoding sums the latest three states
+(WINDOW).  As in the paper any cell may be re-masked, except the clues of a puzzle.
 """
 
 import random
@@ -658,23 +658,28 @@ def use_checkpoint(args, device: torch.device) -> dict:
     if (model.config.vocabulary, model.config.length) != (10, 81):
         raise InputError(f"{args.checkpoint} is of boards that are not 9x9")
     rule = RULES.get(info["variant"])
-    if rule and (args.mode != "evaluate" or args.reveal):
-        raise InputError(f"{args.checkpoint} has no Eq. 1: --evaluate it, without --reveal")
+    if rule and (args.mode != "evaluate" or args.reveal or args.doubt):
+        raise InputError(f"{args.checkpoint} has no Eq. 1: --evaluate it, no --reveal or --doubt")
     trained = (model, info["gamma"], info["rotate"])
     solve = args.mode in ("solve", "puzzles")
-    how = {"max_turns": args.max_turns, "reveal": args.reveal or None, "doubt": args.doubt}
-    how |= {"solve": solve}
+    how = {
+        "max_turns": args.max_turns,
+        "reveal": args.reveal or None,
+        "doubt": args.doubt,
+        "solve": solve,
+    }
     if args.mode in ("revise", "solve"):
         return show_revision(trained, parse_board(args.solve or args.revise, puzzle=solve), **how)
 
     if solve:
         start, clean = read_boards(args.puzzles, args.n, solved=False)
-    elif args.boards:
-        _, clean = read_boards(args.boards, args.n, solved=True)
     else:
-        clean = random_boards(args.n, TEST_SEED + args.seed)
-    if not solve:
-        start = corrupt(clean, TEST_SEED + args.seed, *args.corrupt)
+        seed = TEST_SEED + args.seed
+        if args.boards:
+            _, clean = read_boards(args.boards, args.n, solved=True)
+        else:
+            clean = random_boards(args.n, seed)
+        start = corrupt(clean, seed, *args.corrupt)
     score = evaluate(trained, clean, start, rule=rule, **how)
     if solve:
         if (clean == MASK).any():  # what compares with the truth is not known

@@ -583,17 +583,18 @@ def decode(model: Model, info: dict, rows: Tensor, passes: int) -> Iterator[rm.R
     length = info["tokenizer"]["answer_length"]
     device = model.embedding.device
     editable = torch.arange(rows.shape[1], device=device) >= rows.shape[1] - length
-    chosen = [haste for count, haste in info["haste"] if count <= passes]
-    reveal = math.ceil((chosen or HASTES)[-1] * length / passes)
+    how = {"rule": low_confidence}
+    if info["variant"] in REVISING:
+        chosen = [haste for count, haste in info["haste"] if count <= passes]
+        how = {"reveal": math.ceil((chosen or HASTES)[-1] * length / passes)}
 
     def denoiser(embedded: Tensor) -> Tensor:
         with rm.mixed_precision(device):
             return model(embedded).float()
 
-    rule = None if info["variant"] in REVISING else low_confidence
     for part in rows.to(device).split(256):
         history = HistoryReference(model.embedding.detach(), info["gamma"], info["rotate"])
-        yield rm.revise(denoiser, part, MASK, history, passes, editable, reveal, True, rule=rule)
+        yield rm.revise(denoiser, part, MASK, history, passes, editable, trace=True, **how)
 
 
 def evaluate(model: Model, info: dict, problems: list[Problem], passes: int) -> dict:
@@ -786,7 +787,7 @@ def parse_arguments():
     add("--compile", action="store_true", help="torch.compile (on CPU needs a C++ compiler)")
     add = options.group("decoding")
     shipped = HERE / "checkpoints/text_rm.pt"
-    add("--checkpoint", type=Path, default=shipped, modes=(*evaluate, "--ask"), help="our own")
+    add("--checkpoint", type=Path, default=shipped, modes=(*evaluate, "--ask"), help="default shipped")
     add("--n", type=positive, default=1050, modes=train + evaluate, help="test problems (1050)")
     add("--passes", type=positive, nargs="+", help="at most (default N/16 to 2N; with --ask N)")
     options.general("runs/text", "of training, of test problems 1;", train, (*train, "--evaluate"))

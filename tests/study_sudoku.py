@@ -26,6 +26,7 @@ import train_sudoku as sudoku
 from history import history_embedding
 from train_sudoku import MASK, TEST_SEED, corrupt, evaluate, random_boards
 
+SHARES = {"clues": ("valid",), "calibration": ("right",)}  # drawn; a puzzle has one solution
 AXES = {"turns": "turns", "severity": "wrong_cells", "clues": "clues", "calibration": "p"}
 
 
@@ -77,7 +78,7 @@ def study_calibration(trained: tuple, n: int, how: dict) -> list[dict]:
         turns = torch.tensor(result.turns)
         for turn in range(max(result.turns)):  # once more, with the truth at hand
             going = turns > turn
-            states = result.trace[: turn + 1, going]
+            states = result.trace[: turn + 1, going][-sudoku.WINDOW :]
             tokens = states[-1]
             p = model(history_embedding(states, model.embedding, gamma, rotate)).softmax(-1)
             own = p.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
@@ -189,7 +190,7 @@ def main() -> None:
     rows = STUDIES[args.name](trained, args.n, how)
     about = {**how, "checkpoint": args.checkpoint.name, "provenance": rm.provenance()}
     rm.write_json(path.with_suffix(".json"), {"rows": rows, **about})
-    shares = ("right",) if args.name == "calibration" else ("exact", "valid")
+    shares = SHARES.get(args.name, ("exact", "valid"))
     draw(path.with_suffix(".png"), rows, AXES[args.name], shares)
 
 

@@ -176,6 +176,7 @@ def push_after(tokens):
 
 
 BAD = {
+    "window of no state": lambda: HistoryReference(torch.randn(3, 4), window=0),
     "x of odd width": lambda: rotate_pairs(torch.randn(2, 5), 1),
     "embedding of odd width": lambda: history_embedding(IDS, torch.randn(3, 5)),
     "gamma above 1": lambda: history_embedding(IDS, torch.randn(3, 4), gamma=1.01),

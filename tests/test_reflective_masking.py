@@ -1036,6 +1036,7 @@ BAD = {
     "max_turns": lambda: revise_one([1, 2], max_turns=0),
     "editable, MASK": lambda: revise_one([1, M], editable=torch.tensor([True, False])),
     "head": lambda: revise_one([1, 2], rule=lambda *_, **__: None, head=torch.eye(4)),
+    "reveal belong": lambda: revise_one([1, 2], rule=lambda *_, **__: None, reveal=1),
     "impl": lambda: revise_one([1, 2], impl="gpu"),
 }
 

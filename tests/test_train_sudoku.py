@@ -446,8 +446,10 @@ def test_every_model_of_the_tables_trains_and_finished_ones_are_kept(smoke, monk
     monkeypatch.setattr(sudoku, "corrupt", lambda clean, *_: clean)  # other boards, same command
     with pytest.raises(rm.InputError, match="data"):
         run_main(monkeypatch, *common)
-    with pytest.raises(rm.InputError, match="Eq. 1"):  # a baseline's network
-        run_main(monkeypatch, "--revise", SOLVED, "--checkpoint", smoke / "all/plain_seed0.pt")
+    baseline = ("--checkpoint", smoke / "all/plain_seed0.pt")
+    for mode in (("--revise", SOLVED), ("--evaluate", "--doubt", 1), ("--evaluate", "--reveal", 1)):
+        with pytest.raises(rm.InputError, match="Eq. 1"):
+            run_main(monkeypatch, *mode, *baseline)
 
 
 def test_gamma_and_rotation_reach_training(smoke, monkeypatch):
