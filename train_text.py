@@ -787,7 +787,8 @@ def parse_arguments():
     add("--compile", action="store_true", help="torch.compile (on CPU needs a C++ compiler)")
     add = options.group("decoding")
     shipped = HERE / "checkpoints/text_rm.pt"
-    add("--checkpoint", type=Path, default=shipped, modes=(*evaluate, "--ask"), help="default shipped")
+    add("--checkpoint", type=Path, default=shipped, modes=(*evaluate, "--ask"),
+        help="default: the shipped one")  # fmt: skip
     add("--n", type=positive, default=1050, modes=train + evaluate, help="test problems (1050)")
     add("--passes", type=positive, nargs="+", help="at most (default N/16 to 2N; with --ask N)")
     options.general("runs/text", "of training, of test problems 1;", train, (*train, "--evaluate"))
