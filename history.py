@@ -111,22 +111,19 @@ class HistoryReference:
 
     embedding: float [V, D] (not copied).  gamma, rotate, normalize, impl: as in history_embedding.
     After x(0), ..., x(t) are pushed the value returned equals history_embedding([x(0), ..., x(t)]).
-    window (ours): only the latest so many states are summed, where decoding takes more turns than
-    training showed; None: all.  No gradient.
+    No gradient.
     """
 
     def __init__(
         self, embedding: Tensor, gamma: float = 0.9, rotate: bool = True,
-        normalize: bool = True, impl: str | None = None, window: int | None = None,
+        normalize: bool = True, impl: str | None = None,
     ):  # fmt: skip
         check_history(embedding, gamma, rotate)
-        require(window is None or window >= 1, f"window must be None or at least 1, got {window}")
         self.embedding = embedding
         self.gamma = gamma
         self.rotate = rotate
         self.normalize = normalize
         self.impl = impl
-        self.window = window
         self.reset()
 
     @torch.no_grad()
@@ -137,12 +134,6 @@ class HistoryReference:
         """
         expected = tokens.shape if self.sum is None else self.sum.shape[:-1]
         check_ids("tokens", tokens, expected, self.embedding.device, 0, len(self.embedding))
-        if self.window is not None:
-            self.latest = [*self.latest, tokens][-self.window :]
-            how = (self.gamma, self.rotate, self.normalize, self.impl)
-            self.sum = history_embedding(torch.stack(self.latest), self.embedding, *how)
-            return self.sum
-
         past = self.sum if self.gamma else None
         if use_triton(self.impl, self.embedding):
             self.sum, read = kernels.history_step(
@@ -160,10 +151,8 @@ class HistoryReference:
     def reset(self) -> None:
         """Forgets every state; the next push may have any shape."""
         self.sum: Tensor | None = None  # a(t-1) before the norm, at least float32
-        self.latest: list[Tensor] = []  # with a window: its states; sum is then what was read
 
     def keep(self, rows: Tensor) -> None:
         """Keeps the sequences that rows names (int64 indices or bool [B]); the rest have ended."""
         if self.sum is not None:
             self.sum = self.sum[rows]
-            self.latest = [tokens[rows] for tokens in self.latest]

@@ -10,8 +10,8 @@ ones, nobody says.  The model re-masks what it doubts, reveals again, stops when
 Tokens: MASK is 0, a digit is itself.
 What differs from the paper: it states neither its training data nor its settings, so sample_starts
 and the constants are ours.  Beside Eq. 1 as it stands we decode with one reveal a turn, which sees
-the one before, and re-mask where p(M) > 0.22 p(x) (DOUBT).  Decoding sums the latest three states
-(WINDOW).  As in the paper any cell may be re-masked, except the clues of a puzzle.
+the one before, and re-mask where p(M) > 0.22 p(x) (DOUBT).  As in the paper any cell may be
+re-masked, except the clues of a puzzle.
 """
 
 import random
@@ -45,11 +45,11 @@ PAPER = {  # exact %, valid %, replay mistake %, conflict cells: its Sudoku tabl
     "decay": (89.4, 89.6, 0.07, 0.362),
     "full": (93.4, 93.6, 0.03, 0.236),
 }
-VARIANTS = {  # gamma, rotate: four settings of Eq. 2; the paper does not state its gamma
+VARIANTS = {  # gamma, rotate: four settings of Eq. 2
     "rm": (0.0, False),
     "hr": (1.0, False),
-    "decay": (0.9, False),
-    "full": (0.9, True),
+    "decay": (0.5, False),  # the paper states no gamma; at 0.9 a history of 30 turns, where training
+    "full": (0.5, True),  # shows six, misleads
     "plain": (0.0, False),  # plain mask diffusion, trained on masks alone: the baselines' network
     "direct": (0.0, False),  # RM's states, but the target is always the truth: no MASK action
 }
@@ -57,7 +57,6 @@ TRAINING = {"batch_size": 64, "learning_rate": 2.5e-3}
 TEST_SEED = 1_000_000  # training boards use the seeds below
 VALIDATION_SEED = 2_000_000
 ONE_A_TURN = {"reveal": 1, "max_turns": 100}  # decoding that lets a reveal see the one before
-WINDOW = 3  # states that history sums in decoding: training shows six at most
 DOUBT = 1.5  # added to MASK's logit then: a needless re-mask costs a turn, a kept mistake stays
 
 # ------------------------------------------------------------------------------------------------
@@ -312,8 +311,7 @@ def revise_boards(
     """
     model, gamma, rotate = trained
     raised = doubt * F.one_hot(torch.tensor(MASK, device=model.embedding.device), 10)
-    window = WINDOW if gamma else None
-    history = HistoryReference(model.embedding.detach(), gamma, rotate, window=window)
+    history = HistoryReference(model.embedding.detach(), gamma, rotate)
     start = start.to(model.embedding.device)
     editable = (start == MASK) | (not solve)
     # With history, or a rule that knows its turn, a state that returns is no dead end.

@@ -78,7 +78,7 @@ def study_calibration(trained: tuple, n: int, how: dict) -> list[dict]:
         turns = torch.tensor(result.turns)
         for turn in range(max(result.turns)):  # once more, with the truth at hand
             going = turns > turn
-            states = result.trace[: turn + 1, going][-sudoku.WINDOW :]
+            states = result.trace[: turn + 1, going]
             tokens = states[-1]
             p = model(history_embedding(states, model.embedding, gamma, rotate)).softmax(-1)
             own = p.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)

@@ -84,23 +84,6 @@ def test_recurrence_equals_closed_sum_over_50_turns(gamma, rotate, size):
         torch.testing.assert_close(history.push(states[t]), closed, rtol=1e-10, atol=1e-10)
 
 
-@variants
-def test_a_window_sums_the_latest_states_alone(gamma, rotate):
-    states, embedding = random_case(9, SIZES["lookups"], absent=False)
-    history = HistoryReference(embedding, gamma, rotate, window=3)
-    for t in range(9):
-        now = history.push(states[t])
-        latest = history_embedding(states[max(0, t - 2) : t + 1], embedding, gamma, rotate)
-        torch.testing.assert_close(now, latest)
-        if t == 5:
-            history.keep(torch.tensor([1]))
-            states = states[:, 1:]
-    history.reset()
-    torch.testing.assert_close(
-        history.push(states[0]), history_embedding(states[:1], embedding, gamma, rotate)
-    )
-
-
 @pytest.mark.skipif(kernels.triton is None, reason="triton is not installed")
 @variants
 def test_triton_and_torch_give_the_same(gamma, rotate):
@@ -176,7 +159,6 @@ def push_after(tokens):
 
 
 BAD = {
-    "window of no state": lambda: HistoryReference(torch.randn(3, 4), window=0),
     "x of odd width": lambda: rotate_pairs(torch.randn(2, 5), 1),
     "embedding of odd width": lambda: history_embedding(IDS, torch.randn(3, 5)),
     "gamma above 1": lambda: history_embedding(IDS, torch.randn(3, 4), gamma=1.01),
