@@ -30,7 +30,7 @@ import reflective_masking as rm
 from history import HistoryReference
 from reflective_masking import InputError
 
-HERE = Path(__file__).parent
+SHIPPED = Path(__file__).parent / "checkpoints/sudoku_rm.pt"
 MASK = 0
 DIGITS = torch.arange(1, 10)
 ANY = set(range(1, 10))
@@ -45,11 +45,12 @@ PAPER = {  # exact %, valid %, replay mistake %, conflict cells: its Sudoku tabl
     "decay": (89.4, 89.6, 0.07, 0.362),
     "full": (93.4, 93.6, 0.03, 0.236),
 }
+GAMMA = 0.5  # the paper states none; 30 turns at 0.9 mislead, as training shows 6 at most
 VARIANTS = {  # gamma, rotate: four settings of Eq. 2
     "rm": (0.0, False),
     "hr": (1.0, False),
-    "decay": (0.5, False),  # the paper states no gamma; at 0.9 a history of 30 turns, where training
-    "full": (0.5, True),  # shows six, misleads
+    "decay": (GAMMA, False),
+    "full": (GAMMA, True),
     "plain": (0.0, False),  # plain mask diffusion, trained on masks alone: the baselines' network
     "direct": (0.0, False),  # RM's states, but the target is always the truth: no MASK action
 }
@@ -607,8 +608,7 @@ def parse_options():
     add("--compile", action="store_true", help="torch.compile (on a CPU it needs a C++ compiler)")
 
     add = options.group("evaluation", *used)
-    add("--checkpoint", type=Path, default=HERE / "checkpoints/sudoku_rm.pt",
-        help="default: the shipped one")  # fmt: skip
+    add("--checkpoint", type=Path, default=SHIPPED, help="default: the shipped one")
     add("--boards", type=Path, metavar="FILE", modes=("evaluate",), help="solved, to be corrupted")
     add("--n", type=count, default=2000, modes=("train", "evaluate", "puzzles"),
         help="boards at most (default 2000)")  # fmt: skip

@@ -4,6 +4,7 @@
     python tests/study_sudoku.py severity       the same against the number of wrong cells
     python tests/study_sudoku.py clues          puzzles solved against their clues
     python tests/study_sudoku.py calibration    what p(x) means at visible cells
+    python tests/study_sudoku.py memory --checkpoint FULL... --against RM...    pairs, a seed each
     python tests/study_sudoku.py board --reveal 0 --doubt 0      the moving board of the README
 
 Each writes results/sudoku_<name>.json and .png (board: .gif).  One reveal a turn by default.
@@ -102,6 +103,47 @@ def study_calibration(trained: tuple, n: int, how: dict) -> list[dict]:
     return points
 
 
+def study_memory(ours: list[tuple], theirs: list[tuple], n: int, how: dict) -> list[dict]:
+    """Valid boards and solved puzzles of models of several seeds, ours minus theirs, paired.
+
+    A row for each task; ci95 resamples its boards, the difference on each being the mean of seeds.
+    """
+    clean = random_boards(n, TEST_SEED)
+    tasks = {"4 to 20 wrong": (clean, corrupt(clean, TEST_SEED))}
+    for cells in (24, 28, 32):
+        tasks[f"{cells} wrong"] = clean, corrupt(clean, TEST_SEED + cells, cells, cells)
+    minimal, solved = sudoku.random_puzzles(n, TEST_SEED).unbind(1)
+    generator = torch.Generator().manual_seed(TEST_SEED)
+    for clues in (28, 32):
+        few = (minimal != MASK).sum(-1) <= clues
+        puzzle = sudoku.add_clues(minimal[few], solved[few], clues, generator)
+        tasks[f"{clues} clues"] = solved[few], puzzle
+
+    rows = []
+    for task, (clean, start) in tasks.items():
+        solve = task.endswith("clues")
+        scores, valid = [], []
+        for trained in (*ours, *theirs):
+            result = sudoku.revise_boards(trained, start, solve=solve, **how)
+            tokens = result.tokens.cpu()
+            valid.append(sudoku.is_valid(tokens).float())
+            exact = (tokens == clean).all(-1).float().mean().item()
+            scores.append({"valid": valid[-1].mean().item(), "exact": exact})
+        difference = torch.stack(valid[: len(ours)]) - torch.stack(valid[len(ours) :])  # [seeds, n]
+        row = {
+            "task": task,
+            "n": len(clean),
+            "ours": scores[: len(ours)],
+            "theirs": scores[len(ours) :],
+            "difference_by_seed": difference.mean(-1).tolist(),
+            "difference": difference.mean().item(),
+            "ci95": rm.bootstrap_interval(difference.mean(0).tolist()),
+        }
+        rows.append(row)
+        print("{task}: {difference:+.1%} ({ci95[0]:+.1%} to {ci95[1]:+.1%})".format(**row))
+    return rows
+
+
 STUDIES = {
     "turns": study_turns,
     "severity": study_severity,
@@ -169,26 +211,37 @@ def find_retry(trained: tuple, n: int, how: dict) -> Tensor:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Figures of a trained Sudoku model.")
-    parser.add_argument("name", choices=[*STUDIES, "board"])
-    shipped = ROOT / "checkpoints/sudoku_rm.pt"
-    parser.add_argument("--checkpoint", type=Path, default=shipped, help="default: the shipped one")
+    parser.add_argument("name", choices=[*STUDIES, "memory", "board"])
+    parser.add_argument("--checkpoint", type=Path, nargs="+", default=[sudoku.SHIPPED],
+        help="default: the shipped one")  # fmt: skip
+    parser.add_argument("--against", type=Path, nargs="+", help="of memory: as many checkpoints")
     parser.add_argument("--n", type=int, default=2000, help="boards (default 2000)")
     parser.add_argument("--reveal", type=int, default=1, help="reveals a turn; 0: all (default 1)")
     parser.add_argument("--doubt", type=float, default=sudoku.DOUBT, help="for MASK's logit")
     parser.add_argument("--max-turns", type=int, default=100, help="default 100")
     parser.add_argument("--out", type=Path, default=ROOT / "results", help="default results/")
     args = parser.parse_args()
+    if args.name == "memory" and len(args.against or ()) != len(args.checkpoint):
+        parser.error("memory needs --against, a checkpoint for each of --checkpoint")
 
-    model, info = rm.load_checkpoint(args.checkpoint, "sudoku", needs=("gamma", "rotate"))
-    trained = (model, info["gamma"], info["rotate"])
+    def load(path: Path) -> tuple:
+        model, info = rm.load_checkpoint(path, "sudoku", needs=("gamma", "rotate"))
+        return model, info["gamma"], info["rotate"]
+
+    trained = load(args.checkpoint[0])
     how = {"max_turns": args.max_turns, "reveal": args.reveal or None, "doubt": args.doubt}
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / f"sudoku_{args.name}"
     if args.name == "board":
         animate(path.with_suffix(".gif"), find_retry(trained, min(args.n, 100), how))
         return
+    about = {**how, "checkpoint": args.checkpoint[0].name, "provenance": rm.provenance()}
+    if args.name == "memory":
+        ours, theirs = map(load, args.checkpoint), map(load, args.against)
+        rows = study_memory([*ours], [*theirs], args.n, how)
+        rm.write_json(path.with_suffix(".json"), {"rows": rows, **about})
+        return
     rows = STUDIES[args.name](trained, args.n, how)
-    about = {**how, "checkpoint": args.checkpoint.name, "provenance": rm.provenance()}
     rm.write_json(path.with_suffix(".json"), {"rows": rows, **about})
     shares = SHARES.get(args.name, ("exact", "valid"))
     draw(path.with_suffix(".png"), rows, AXES[args.name], shares)

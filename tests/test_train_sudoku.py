@@ -406,6 +406,26 @@ def test_studies_write_their_files(name, smoke, monkeypatch):
     assert study["rows"] and all(study_sudoku.AXES[name] in row for row in study["rows"])
 
 
+def test_memory_is_compared_on_the_same_boards(monkeypatch):
+    """Ours repair all, of theirs one seed repairs nothing and the other the first board alone."""
+
+    def revise_boards(trained, start, **how):
+        done = sudoku.random_boards(len(start), 0)
+        repaired = {"ours": len(start), "none": 0, "first": 1}[trained]
+        tokens = torch.where(torch.arange(len(start)).unsqueeze(1) < repaired, done, start)
+        return rm.Revision(tokens, [], [], None)
+
+    monkeypatch.setattr(sudoku, "revise_boards", revise_boards)
+    rows = study_sudoku.study_memory(["ours", "ours"], ["none", "first"], 4, {})
+    assert len(rows) == 6
+    for row in rows:
+        n = row["n"]
+        assert row["difference_by_seed"] == pytest.approx([1, 1 - 1 / n])
+        assert row["difference"] == pytest.approx(1 - 0.5 / n)
+        assert [score["valid"] for score in row["theirs"]] == pytest.approx([0, 1 / n])
+        assert row["ci95"][0] <= row["difference"] <= row["ci95"][1]
+
+
 def test_the_board_shown_takes_back_a_digit_of_its_own(monkeypatch):
     clean = sudoku.random_boards(2, sudoku.TEST_SEED)
     other = sudoku.random_boards(2, 0)
