@@ -1007,10 +1007,9 @@ def wilson_interval(successes: int, count: int) -> tuple[float, float]:
     if not count:
         return 0.0, 1.0
     z = 1.959964
-    share = successes / count
-    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
-    spread = math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    half = z / (1 + z * z / count) * spread
+    middle = (successes + z * z / 2) / (count + z * z)
+    spread = math.sqrt(successes * (count - successes) / count + z * z / 4)
+    half = z / (count + z * z) * spread
     return max(0.0, middle - half), min(1.0, middle + half)  # rounding may leave [0, 1]
 
 
