@@ -396,10 +396,9 @@ def read_pairs(folder: Path, most: int, codec: Codec | None = None, colours: int
     instruction = torch.tensor([codec.encode_text(text, f"{path}: {text!r}") for text in texts])
     nothing = torch.full_like(instruction, codec.no_word)
 
-    if rm.is_main_process():
-        nearest = (codec.decode_image(tokens).numpy() != images).any(-1).sum()
-        print(f"{folder}: {len(texts)} pairs, {len(codec.words)} words, {len(codec.palette)} "
-            f"colours ({nearest} pixels by the nearest)")  # fmt: skip
+    nearest = (codec.decode_image(tokens).numpy() != images).any(-1).sum()
+    rm.say(f"{folder}: {len(texts)} pairs, {len(codec.words)} words, {len(codec.palette)} colours "
+        f"({nearest} pixels by the nearest)")  # fmt: skip
     return Pairs(source, target, instruction, nothing, texts, [()] * len(texts), codec)
 
 
@@ -446,19 +445,12 @@ class Editor(MaskDiffusionTransformer):
 
 def load_editor(path: Path, device: torch.device) -> Editor:
     """The model of a checkpoint.  InputError: it is another task's, or does not fit its codec."""
-    network, info = rm.load_checkpoint(path, "image", device, ("codec", "variant"))
-    try:
-        editor = Editor(Codec(**info["codec"]), info["variant"]).to(device)
-        editor.load_state_dict(network.state_dict())
-    except (TypeError, KeyError, ValueError, RuntimeError) as error:
-        raise InputError(f"{path} does not fit its codec: {rm.first_line(error)}") from None
-    return editor.eval()
+    build = lambda info: Editor(Codec(**info["codec"]), info["variant"])
+    return rm.load_checkpoint(path, "image", device, build=build)[0]
 
 
-def revision_states(
-    source: Tensor, target: Tensor, generator: torch.Generator, T: int = 6
-) -> tuple[Tensor, Tensor]:
-    """Trajectories from source to target, int64 [T+1, B, P], and the turn to train on, int64 [B].
+def revision_states(source: Tensor, target: Tensor, generator: torch.Generator) -> tuple:
+    """Trajectories from source to target, int64 [7, B, P], and the turn to train on, int64 [B].
 
     The wrong token is the source's.  A fifth of the rows follow the paper's law, every pixel on its
     own clock.  The others are what decoding looks like: the whole edit is re-masked in turn 1 (a
@@ -472,16 +464,16 @@ def revision_states(
     outside = rand(batch, 1).clamp(min=0.6).sub(0.6).mul(0.4)  # 0, or a share ~ U(0, 0.16)
     changed = edit | (rand(source.shape) < outside)
     p_wrong = torch.where(rand(batch, 1) < 0.5, 1.0, rand(batch, 1)) * edit  # 1, or ~ U(0, 1)
-    law = rm.sample_trajectory(target, changed, source, MASK, T, p_wrong, generator=generator)
+    law = rm.sample_trajectory(target, changed, source, MASK, 6, p_wrong, generator)
 
-    step = torch.arange(T + 1, device=source.device).view(-1, 1, 1)
+    step = torch.arange(7, device=source.device).view(-1, 1, 1)
     masked = torch.where(rand(source.shape) < 0.1, 2, 1)
-    revealed = masked + 1 + (rand(source.shape) * (T - masked)).long()  # ~ U{masked+1..T}
+    revealed = masked + 1 + (rand(source.shape) * (6 - masked)).long()  # ~ U{masked+1..6}
     states = torch.where(step < masked, source, torch.where(step < revealed, MASK, target))
     states = torch.where(changed, states, target)
 
     lawful = rand(batch, 1) < 0.2
-    turn = (rand(batch) * T).long()  # ~ U{0..T-1}
+    turn = (rand(batch) * 6).long()  # ~ U{0..5}
     choice = rand(batch)
     usual = torch.where(choice < 0.5, 0, torch.where(choice < 0.83, 1, turn))
     return torch.where(lawful, law, states), torch.where(lawful[:, 0], turn, usual)
@@ -636,10 +628,7 @@ def share_exact(right: list[bool]) -> dict:
 
 
 def evaluate(model: Editor, pairs: Pairs, decoding: str, chunk: int = 100) -> dict:
-    """Shares right, of all and by label; passes; means of the metrics, of psnr the median.
-
-    JSON has no inf and nan: these are text.
-    """
+    """Shares right, of all and by label; passes; mean metrics, psnr's median; inf, nan as text."""
     turns, edited = [], []
     for source, instruction in zip(pairs.source.split(chunk), pairs.instruction.split(chunk)):
         passes, trace = edit(model, source, instruction, decoding)
@@ -827,8 +816,7 @@ def main() -> None:
         result = evaluate(model, test, decoding)
         print_table({f"{model.variant}, {decoding}": result})
         result |= {"seed": args.seed, "provenance": rm.provenance()}
-    if args.json and rm.is_main_process():
-        rm.write_json(args.json, result)
+    rm.write_json(args.json, result)
 
 
 if __name__ == "__main__":

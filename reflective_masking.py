@@ -766,8 +766,7 @@ class Run:
             except (OSError, ValueError, KeyError, TypeError) as error:
                 raise InputError(f"{done} is no record: {first_line(error)}: delete it") from None
             require_same(settings, found, done)
-            if is_main_process():
-                print(f"{done} is there: done", flush=True)
+            say(f"{done} is there: done")
         elif self.resume.exists():
             self.notes = read_torch(self.resume).get("notes")
             if not self.notes:
@@ -868,6 +867,11 @@ def is_main_process() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
+def say(line: str) -> None:
+    if is_main_process():
+        print(line, flush=True)
+
+
 def has_bf16(device: torch.device) -> bool:
     """Whether bf16 is in hardware there: most GPUs, processors with AVX-512 or AMX."""
     if device.type == "cuda":
@@ -922,11 +926,12 @@ def replace_file(path: Path, write: Callable[[Path], None]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def write_json(path: Path, contents: dict | list) -> None:
-    """Writes JSON by rename, and says so."""
-    text = json.dumps(contents, indent=1) + "\n"
-    replace_file(path, lambda file: file.write_text(text, encoding="utf-8"))
-    print(f"wrote {path}", flush=True)
+def write_json(path: Path | None, contents: dict | list) -> None:
+    """Writes JSON by rename, and says so; nothing without a path, or in torchrun's others."""
+    if path and is_main_process():
+        text = json.dumps(contents, indent=1) + "\n"
+        replace_file(path, lambda file: file.write_text(text, encoding="utf-8"))
+        print(f"wrote {path}", flush=True)
 
 
 def read_lines(path: Path) -> list[tuple[int, str]]:
@@ -964,20 +969,23 @@ def save_checkpoint(path: Path, model: MaskDiffusionTransformer, task: str, **in
 
 
 def load_checkpoint(
-    path: Path, task: str, device: torch.device | str = "cpu", needs: tuple[str, ...] = ()
-) -> tuple[MaskDiffusionTransformer, dict]:
+    path: Path, task: str, device: torch.device | str = "cpu", needs: tuple[str, ...] = (),
+    build: Callable[[dict], MaskDiffusionTransformer] | None = None,
+) -> tuple[MaskDiffusionTransformer, dict]:  # fmt: skip
     """The model, in evaluation mode, and the info saved with it; no code in the file is run.
 
-    needs: what info must hold.  Raises InputError when the file is missing, is no checkpoint of
-    this project, belongs to another task, or has weights that are not finite.
+    needs: what info must hold.  build: makes the model from info, in place of the config.  Raises
+    InputError when the file is missing, is no checkpoint of this project, belongs to another task,
+    or has weights that are not finite.
     """
     saved = read_torch(path, device)
     found = saved.get("task", "none: a training state, not a model")
     if found != task:
         raise InputError(f"{path} is a checkpoint of task {found!r}, expected {task!r}")
     try:
-        model = MaskDiffusionTransformer(TransformerConfig(**saved["config"])).to(device)
-        model.load_state_dict(saved["model"])
+        config = TransformerConfig(**saved["config"])
+        model = build(saved["info"]) if build else MaskDiffusionTransformer(config)
+        model.to(device).load_state_dict(saved["model"])
         missing = [name for name in needs if name not in saved["info"]]
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"{path} does not fit this project: {first_line(error)}") from None

@@ -57,8 +57,7 @@ VARIANTS = {  # gamma, rotate: four settings of Eq. 2
 TRAINING = {"batch_size": 64, "learning_rate": 2.5e-3}
 TEST_SEED = 1_000_000  # training boards use the seeds below
 VALIDATION_SEED = 2_000_000
-ONE_A_TURN = {"reveal": 1, "max_turns": 100}  # decoding that lets a reveal see the one before
-DOUBT = 1.5  # added to MASK's logit then: a needless re-mask costs a turn, a kept mistake stays
+DOUBT = 1.5  # added to MASK's logit with --reveal: a needless re-mask costs no more than a turn
 
 # ------------------------------------------------------------------------------------------------
 # Boards
@@ -245,8 +244,7 @@ def sample_batch(
 
     as_the_task = uniform(batch_size, 1) < 0.5
     p_wrong = torch.where(as_the_task, 1.0, share) * (start != MASK)
-    how = {"p_wrong": p_wrong, "generator": generator}
-    trajectory = rm.sample_trajectory(clean, start != clean, start, MASK, **how)
+    trajectory = rm.sample_trajectory(clean, start != clean, start, MASK, 6, p_wrong, generator)
     turn = torch.randint(6, (batch_size,), generator=generator, device=generator.device)  # x(0..5)
     return rm.history_until(trajectory, turn), clean, editable
 
@@ -284,8 +282,8 @@ REPLACEMENT = {
     "direct replacement": {"rule": direct_replacement},
 }
 EQ1 = {
-    "one reveal a turn, doubt": {**ONE_A_TURN, "doubt": DOUBT},
-    "one reveal a turn": ONE_A_TURN,
+    "one reveal a turn, doubt": {"reveal": 1, "max_turns": 100, "doubt": DOUBT},
+    "one reveal a turn": {"reveal": 1, "max_turns": 100},  # a reveal sees the one before
     "Eq. 1": {},
 }
 DECODINGS = {  # of each variant: what a row of the table is called -> options of evaluate
@@ -299,14 +297,11 @@ RULES = {"plain": low_confidence, "direct": direct_replacement}  # the others fo
 # Evaluation
 
 
-Trained = tuple[rm.MaskDiffusionTransformer, float, bool]  # with gamma and rotate of Eq. 2
-
-
 def revise_boards(
-    trained: Trained, start: Tensor, max_turns: int = 32, reveal: int | None = None,
+    trained: tuple, start: Tensor, max_turns: int = 32, reveal: int | None = None,
     solve: bool = False, rule: Callable | None = None, doubt: float = 0.0,
 ) -> rm.Revision:  # fmt: skip
-    """rm.revise of boards, int64 [B, 81], with its trace.
+    """rm.revise of boards, int64 [B, 81], with its trace.  trained: (model, gamma, rotate).
 
     solve locks their clues.  doubt is added to MASK's logit (nats).
     """
@@ -322,7 +317,7 @@ def revise_boards(
     return rm.revise(denoiser, start, MASK, history, max_turns, editable, reveal, **how)
 
 
-def evaluate(trained: Trained, clean: Tensor, start: Tensor, max_turns: int = 32, **how) -> dict:
+def evaluate(trained: tuple, clean: Tensor, start: Tensor, max_turns: int = 32, **how) -> dict:
     """The four metrics of revising start towards clean, int64 [n, 81] both; shares as fractions.
 
     how: of revise_boards.  right: a character a board, "1" where exact, for paired tests.
@@ -348,7 +343,6 @@ def evaluate(trained: Trained, clean: Tensor, start: Tensor, max_turns: int = 32
         "n": n,
         "ci95_exact": rm.wilson_interval(int(exact.sum()), n),
         "ci95_valid": rm.wilson_interval(int(valid.sum()), n),
-        "remasked_wrong_cells": remasked,
         "max_turns": max_turns,
         "reveal": how.get("reveal"),
         "doubt": how.get("doubt", 0.0),
@@ -369,13 +363,6 @@ def new_model(device: torch.device | str = "cpu") -> rm.MaskDiffusionTransformer
     return rm.MaskDiffusionTransformer(config).to(device)
 
 
-def steps_in(minutes: float, run: Iterator[tuple[int, dict]]) -> int:
-    """How many steps fit the time here: times a run of a throw-away model after ten steps."""
-    seconds = [stats["seconds"] for _, stats in run]
-    each = (seconds[-1] - seconds[9]) / (len(seconds) - 10)
-    return max(1, int(minutes * 60 / rm.gather(each)[0]))  # the same for every process
-
-
 def train_variant(
     variant: str, out: Path, device: torch.device, seed: int = 0, minutes: float | None = 15,
     steps: int | None = None, gamma: float | None = None, rotate: bool | None = None,
@@ -387,8 +374,7 @@ def train_variant(
     minutes are made into steps by a trial, or steps is exact.  gamma, rotate: None, the variant's
     own.  n: test boards.  puzzles, validation: how many are drawn.  Returns the record.
     """
-    if rm.is_main_process():
-        print(f"{variant}, seed {seed}: drawing {puzzles} puzzles", flush=True)
+    rm.say(f"{variant}, seed {seed}: drawing {puzzles} puzzles")
     dug = random_puzzles(puzzles, seed).to(device)
     held_out = random_boards(validation, VALIDATION_SEED)
     start = corrupt(held_out, VALIDATION_SEED)
@@ -416,7 +402,9 @@ def train_variant(
         options["oracle"] = truth_everywhere
     if not steps and "planned" not in run.notes:
         trial = rm.train(new_model(device), sample, 40, MASK, warmup=40, **options)
-        run.notes["planned"] = steps_in(minutes, trial)
+        seconds = [stats["seconds"] for _, stats in trial]
+        each = (seconds[-1] - seconds[9]) / 30  # the first ten are slow
+        run.notes["planned"] = max(1, int(minutes * 60 / rm.gather(each)[0]))  # of process 0
     steps = steps or run.notes["planned"]
     every = max(1, min(250, steps // 8))
     how = {"max_turns": max_turns, "rule": RULES.get(variant)}
@@ -436,31 +424,26 @@ def train_variant(
 
 
 def train_table(variant: str, out: Path, device: torch.device, seed: int, **plan) -> dict:
-    """Trains a variant, or "all", where not yet done; prints their table, draws the first's curve.
-
-    plan: of train_variant.
-    """
+    """Trains a variant, or "all"; prints their table, draws the first's curve."""
     variants = [*VARIANTS] if variant == "all" else [variant]
     records = [train_variant(name, out, device, seed, **plan) for name in variants]
     if not rm.is_main_process():
         return {}
-    table = {
-        f"{record['variant']}, {name}": {**score, "minutes": record["minutes"]}
-        for record in records
-        for name, score in record["test"].items()
-    }
+    table = {}
+    for record in records:
+        for name, score in record["test"].items():
+            table[f"{record['variant']}, {name}"] = {**score, "minutes": record["minutes"]}
     print_table(table)
-    first = f"{variants[0]}, {next(iter(DECODINGS[variants[0]]))}"
+    first = next(iter(table))
     against = {}
     print(f"\nexact of '{first}' on the same boards, minus that of")
     for label, row in table.items():
         against[label] = rm.paired_bootstrap(table[first]["right"], row["right"])
         low, high = against[label]["ci95"]
         print(f"{label:44}{against[label]['difference']:+8.1%} ({low:+.1%} to {high:+.1%})")
-    lines = {
-        share: [(point["minutes"], point[share], None) for point in records[0]["curve"]]
-        for share in ("exact", "valid")
-    }
+    lines = {}
+    for share in ("exact", "valid"):
+        lines[share] = [(point["minutes"], point[share], None) for point in records[0]["curve"]]
     rm.draw_lines(out / f"{variants[0]}_curve.png", lines, "minutes", "%")
     result = {"table": table, "ours_against": against, "provenance": rm.provenance()}
     rm.write_json(out / f"{variant}_table.json", result)
@@ -499,7 +482,7 @@ def show_turn(now: Tensor, before: Tensor) -> str:
     return text
 
 
-def show_revision(trained: Trained, board: Tensor, **how) -> dict:
+def show_revision(trained: tuple, board: Tensor, **how) -> dict:
     """Revises one board, int64 [81], and prints every turn.  how: of revise_boards."""
     result = revise_boards(trained, board.unsqueeze(0), **how)
     trace = result.trace[:, 0].cpu()
@@ -582,8 +565,7 @@ def read_boards(path: Path, n: int, solved: bool) -> tuple[Tensor, Tensor]:
         pairs.append(torch.stack([puzzle, solution]))
     if not pairs:
         raise InputError(f"{path} has no board")
-    puzzles, solutions = torch.stack(pairs, dim=1)
-    return puzzles, solutions
+    return torch.stack(pairs, dim=1).unbind()
 
 
 def parse_options():
@@ -646,8 +628,7 @@ def main() -> None:
         raise InputError("torchrun is for training; run this with one process")
     else:
         result = use_checkpoint(args, device)
-    if args.json and rm.is_main_process():
-        rm.write_json(args.json, result)
+    rm.write_json(args.json, result)
 
 
 def use_checkpoint(args, device: torch.device) -> dict:
@@ -660,14 +641,10 @@ def use_checkpoint(args, device: torch.device) -> dict:
         raise InputError(f"{args.checkpoint} has no Eq. 1: --evaluate it, no --reveal or --doubt")
     trained = (model, info["gamma"], info["rotate"])
     solve = args.mode in ("solve", "puzzles")
-    how = {
-        "max_turns": args.max_turns,
-        "reveal": args.reveal or None,
-        "doubt": args.doubt,
-        "solve": solve,
-    }
+    how = {"max_turns": args.max_turns, "reveal": args.reveal or None, "doubt": args.doubt}
     if args.mode in ("revise", "solve"):
-        return show_revision(trained, parse_board(args.solve or args.revise, puzzle=solve), **how)
+        board = parse_board(args.solve or args.revise, puzzle=solve)
+        return show_revision(trained, board, solve=solve, **how)
 
     if solve:
         start, clean = read_boards(args.puzzles, args.n, solved=False)
@@ -678,11 +655,10 @@ def use_checkpoint(args, device: torch.device) -> dict:
         else:
             clean = random_boards(args.n, seed)
         start = corrupt(clean, seed, *args.corrupt)
-    score = evaluate(trained, clean, start, rule=rule, **how)
+    score = evaluate(trained, clean, start, rule=rule, solve=solve, **how)
     if solve:
         if (clean == MASK).any():  # what compares with the truth is not known
-            truth = ("exact", "ci95_exact", "replay_mistake", "remasked_wrong_cells", "right")
-            score |= dict.fromkeys(truth)
+            score |= dict.fromkeys(("exact", "ci95_exact", "replay_mistake", "right"))
         score |= {"solved": score["valid"], "ci95_solved": score["ci95_valid"]}
         print("solved {solved:.1%} of {n} puzzles in {mean_turns:.1f} turns".format(**score))
     else:

@@ -34,7 +34,7 @@ import reflective_masking as rm
 from history import HistoryReference, history_embedding
 from reflective_masking import InputError, MaskDiffusionTransformer as Model, TransformerConfig
 
-HERE = Path(__file__).parent
+SHIPPED = Path(__file__).parent / "checkpoints/text_rm.pt"
 MASK, PAD, END = 0, 1, 2
 SPECIAL = ["_", "·", "¶"]  # how the terminal shows them
 VARIANTS = {"base": "base", "sft": "vanilla SFT", "rm": "RM", "history": "RM + history"}  # labels
@@ -122,10 +122,7 @@ class Tokenizer:
 
 
 class Author(random.Random):
-    """Writes problems: a method draws one and returns (prompt, steps in math, result).
-
-    Answers to one prompt differ, as people's do: which product comes first, x*x or x**2.
-    """
+    """A method draws a problem and one of its right answers: prompt, steps in math, result."""
 
     def draw(self, *bounds: tuple[int, int]) -> list[int]:
         return [self.randint(*pair) for pair in bounds]
@@ -271,10 +268,7 @@ TASKS = {  # task -> subject -> its template
 
 
 def generate(task: str, count: int, part: str, seed: int) -> list[Problem]:
-    """count problems, the task's subjects in equal shares; in no prompt do two parts meet.
-
-    A tenth of all prompts is "test", a tenth "validation"; there each comes once.
-    """
+    """count problems, subjects in equal shares.  A prompt is in one part, and in a test once."""
     author = Author(f"{task} {part} {seed}")
     subjects = list(TASKS[task].items())
     problems = []
@@ -313,12 +307,12 @@ def own_data(name: str, found: list[Problem], tests: list[Problem], words: bool 
     """Problems of read_problems; prompts of the test are left out of training."""
     tested = {p.prompt for p in tests}
     kept = [p for p in found if p.prompt not in tested]
-    say(f"{len(found) - len(kept)} of {len(found)} training problems are in the test: left out")
+    rm.say(f"{len(found) - len(kept)} of {len(found)} training problems are in the test: left out")
     if not kept:
         raise InputError("every training problem is in the test")
     longest = max(kept + tests, key=lambda p: len(split(p.answer, words)))
     tokenizer = Tokenizer.of(kept, kept + tests, words)
-    say(f"answers take {tokenizer.answer_length} tokens, as long as that of {longest.where}")
+    rm.say(f"answers take {tokenizer.answer_length} tokens, as long as that of {longest.where}")
     some = random.Random(0).sample(kept, min(len(kept) // 10 + 1, VALIDATION))  # not held out
     return Data(f"own_{name}", kept, some, tests, tokenizer)
 
@@ -329,8 +323,7 @@ def read_problems(
 ) -> list[Problem]:  # fmt: skip
     """JSON objects, one a line; InputError names the file and the line.
 
-    With prompt_key instruction a field input is part of the prompt (alpaca).  Problems whose prompt
-    or answer has over max_length tokens are left out, and counted.
+    With prompt_key instruction a field input is part of the prompt (alpaca).
     """
     problems = []
     lines = rm.read_lines(path)
@@ -349,7 +342,7 @@ def read_problems(
             problems.append(Problem(prompt, answer, where=where))
     if len(problems) < len(lines):
         left_out = f"{len(lines) - len(problems)} of {len(lines)}"
-        say(f"{left_out} in {path} are over {max_length} tokens: left out")
+        rm.say(f"{left_out} in {path} are over {max_length} tokens: left out")
     if not problems:
         raise InputError(f"{path} has no problem of at most {max_length} tokens")
     return problems
@@ -361,12 +354,7 @@ def check_test(tokenizer: Tokenizer, problems: list[Problem]) -> None:
     answers = [split(p.answer, tokenizer.words) for p in problems]
     fits = [len(a) < tokenizer.answer_length and tokenizer.ids.keys() >= {*a} for a in answers]
     if not all(fits):
-        say(f"{fits.count(False)} of {len(fits)} test answers cannot be written: never right")
-
-
-def say(line: str) -> None:
-    if rm.is_main_process():
-        print(line, flush=True)
+        rm.say(f"{fits.count(False)} of {len(fits)} test answers cannot be written: never right")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -375,9 +363,9 @@ def say(line: str) -> None:
 
 def grade(problems: list[Problem], answers: list[str]) -> list[bool]:
     """Which answers are right; programs by what they compute, any other by has_right_result."""
-    pairs = list(zip(problems, answers))
-    programs = iter(run_programs([pair for pair in pairs if pair[0].task == "code"]))
-    return [next(programs) if p.task == "code" else has_right_result(p, a) for p, a in pairs]
+    if problems[0].task == "code":  # then all are: of a task, or own
+        return run_programs(problems, answers)
+    return list(map(has_right_result, problems, answers))
 
 
 def has_right_result(problem: Problem, answer: str) -> bool:
@@ -397,11 +385,10 @@ def has_right_result(problem: Problem, answer: str) -> bool:
     return as_many and well_formed and solves(given, *values)
 
 
-PROGRAM_SECONDS, PROGRAM_MEGABYTES = 1.0, 512
+PROGRAM_SECONDS = 1.0
 RUNNER = r"""
 import ast, json, os, resource, signal, sys
-seconds, megabytes = json.loads(sys.stdin.readline())
-resource.setrlimit(resource.RLIMIT_AS, (megabytes << 20,) * 2)
+resource.setrlimit(resource.RLIMIT_AS, (512 << 20,) * 2)  # bytes
 resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
 resource.setrlimit(resource.RLIMIT_NOFILE, (0, 0))
 ALLOWED = {f.__name__: f for f in (len, max, min, range, reversed, sorted, sum, abs, list)}
@@ -409,8 +396,7 @@ ALLOWED = {f.__name__: f for f in (len, max, min, range, reversed, sorted, sum, 
 def outputs(program, cases):
     tree = ast.parse(program, mode="eval")
     for node in ast.walk(tree):  # no attributes: they lead from any object to everything
-        hidden = isinstance(node, ast.Name) and node.id.startswith("_")
-        if hidden or isinstance(node, (ast.Attribute, ast.Lambda)):
+        if isinstance(node, (ast.Attribute, ast.Lambda)) or getattr(node, "id", "")[:1] == "_":
             raise ValueError
     code = compile(tree, "program", "eval")
     found = [eval(code, {"__builtins__": ALLOWED, "xs": list(xs)}) for xs in cases]
@@ -425,7 +411,7 @@ for line in sys.stdin:
         status = 1
         try:
             resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
-            signal.setitimer(signal.ITIMER_REAL, seconds)  # not caught: the process dies
+            signal.setitimer(signal.ITIMER_REAL, float(sys.argv[1]))  # not caught: the process dies
             reference, program, cases = json.loads(line)
             status = int(outputs(reference, cases) != outputs(program, cases))
         finally:
@@ -434,23 +420,22 @@ for line in sys.stdin:
 """
 
 
-def run_programs(pairs: list[tuple[Problem, str]]) -> list[bool]:
-    """Whether a program gives what the reference gives on 20 hidden lists.
+def run_programs(problems: list[Problem], programs: list[str]) -> list[bool]:
+    """Whether each program gives what the reference gives on 20 hidden lists.
 
     None runs here: an isolated Python forks a process for each, with a limit of time and memory, no
     files, no processes and a few builtins.
     """
-    if not pairs:
-        return []
-    lines = [json.dumps([PROGRAM_SECONDS, PROGRAM_MEGABYTES])]
-    for problem, answer in pairs:
+    lines = []
+    for problem, program in zip(problems, programs):
         rng = random.Random(f"hidden {problem.prompt}")
         lists = [[rng.randint(-9, 12) for _ in range(rng.randint(4, 8))] for _ in range(20)]
         cases = [xs + [-8, 13, 100, 101] for xs in lists]  # these make no selection empty
-        lines.append(json.dumps([problem.answer, answer, cases]))
+        lines.append(json.dumps([problem.answer, program, cases]))
+    command = [sys.executable, "-I", "-W", "ignore", "-c", RUNNER, str(PROGRAM_SECONDS)]
     runner = subprocess.run(
-        [sys.executable, "-I", "-W", "ignore", "-c", RUNNER], input="\n".join(lines), text=True,
-        stdout=subprocess.PIPE, check=True, timeout=60 + len(lines) * PROGRAM_SECONDS,
+        command, input="\n".join(lines), text=True, stdout=subprocess.PIPE, check=True,
+        timeout=60 + len(lines) * PROGRAM_SECONDS,
     )  # fmt: skip
     return [verdict == "y" for verdict in runner.stdout]
 
@@ -517,8 +502,7 @@ def sample_revision(
         pick = torch.multinomial(likely.softmax(-1).flatten(0, 1), 1, generator=generator)
         wrong = tokens.gather(-1, pick.view(*clean.shape, 1)).squeeze(-1)
         moving = editable & ~(starts_wrong & (wrong == clean))  # a draw of the truth stands
-    p_wrong = starts_wrong.float()
-    trajectory = rm.sample_trajectory(clean, moving, wrong, MASK, 6, p_wrong, generator)
+    trajectory = rm.sample_trajectory(clean, moving, wrong, MASK, 6, starts_wrong, generator)
     now = torch.randint(6, (batch_size,), generator=generator, device=pool.device)
     if law == "ours":
         revealed, then = reveal_trajectory(clean, logits, rank, masks, length, generator, remember)
@@ -588,10 +572,7 @@ def decode(model: Model, info: dict, rows: Tensor, passes: int) -> Iterator[rm.R
         chosen = [haste for count, haste in info["haste"] if count <= passes]
         how = {"reveal": math.ceil((chosen or HASTES)[-1] * length / passes)}
 
-    def denoiser(embedded: Tensor) -> Tensor:
-        with rm.mixed_precision(device):
-            return model(embedded).float()
-
+    denoiser = rm.mixed_precision(device)(model)
     for part in rows.to(device).split(256):
         history = HistoryReference(model.embedding.detach(), info["gamma"], info["rotate"])
         yield rm.revise(denoiser, part, MASK, history, passes, editable, trace=True, **how)
@@ -635,7 +616,7 @@ def evaluate_all(
             info["haste"] += best["haste"]
         scores.append(evaluate(model, info, test, count))
         found = "{accuracy:.1%} ({ci95[0]:.1%} to {ci95[1]:.1%})".format(**scores[-1])
-        say(f"{VARIANTS[info['variant']]}, {count} passes: {found}")
+        rm.say(f"{VARIANTS[info['variant']]}, {count} passes: {found}")
     return scores
 
 
@@ -664,10 +645,7 @@ def train_variant(
     variant: str, config: TransformerConfig, data: Data, pool: Tensor, steps: int, out: Path,
     passes: list[int] | None = None, law: str = "ours", compile: bool = False, seed: int = 0,
 ) -> dict:  # fmt: skip
-    """Trains (or resumes) and scores one variant, or reads back the record of a finished run.
-
-    Files: OUT/<name>_<variant>_seed<seed>.pt and .json; all but the base start from the base's.
-    """
+    """Trains, or goes on, and scores a variant, or reads its record; all others start from base."""
     torch.manual_seed(seed)
     model = Model(config).to(pool.device)
     base = None
@@ -755,8 +733,7 @@ def report(name: str, records: dict[str, dict]) -> dict:
             ours, theirs = row["right"], sft["right"]
             paired = {name: rm.paired_bootstrap(ours[name], theirs[name]) for name in ours}
             differences.append({"passes": row["passes"], **paired})
-            points = [100 * x for x in (paired["all"]["difference"], *paired["all"]["ci95"])]
-            found = "{:+.1f} points ({:+.1f} to {:+.1f})".format(*points)
+            found = "{difference:+.1%} ({ci95[0]:+.1%} to {ci95[1]:+.1%})".format(**paired["all"])
             print(f"{VARIANTS[variant]} minus SFT at {row['passes']} passes: {found}")
     return {"scores": scores, "minus_sft": minus_sft, "records": records}
 
@@ -786,9 +763,8 @@ def parse_arguments():
     add("--steps", type=positive, default=1500, help="of each other variant (default 1500)")
     add("--compile", action="store_true", help="torch.compile (on CPU needs a C++ compiler)")
     add = options.group("decoding")
-    shipped = HERE / "checkpoints/text_rm.pt"
-    add("--checkpoint", type=Path, default=shipped, modes=(*evaluate, "--ask"),
-        help="default: the shipped one")  # fmt: skip
+    modes = (*evaluate, "--ask")
+    add("--checkpoint", type=Path, default=SHIPPED, modes=modes, help="default: the shipped one")
     add("--n", type=positive, default=1050, modes=train + evaluate, help="test problems (1050)")
     add("--passes", type=positive, nargs="+", help="at most (default N/16 to 2N; with --ask N)")
     options.general("runs/text", "of training, of test problems 1;", train, (*train, "--evaluate"))
@@ -820,11 +796,9 @@ def main() -> None:
     elif args.mode == "--task":
         tasks = TASKS if args.task == "all" else [args.task]
         result = {task: train(generated_data(task, args.pool, args.n, args.seed)) for task in tasks}
-        result = result if args.task == "all" else result[args.task]
     else:
         result = use_checkpoint(args, read, device)
-    if args.json and rm.is_main_process():
-        rm.write_json(args.json, result)
+    rm.write_json(args.json, result)
 
 
 def use_checkpoint(args, read: Callable, device: torch.device) -> dict:

@@ -216,7 +216,6 @@ def test_evaluation_of_an_oracle_and_of_doing_nothing():
     score = sudoku.evaluate((Oracle(clean), 0.0, False), clean, start)
     metrics = [score[key] for key in ("exact", "valid", "replay_mistake", "conflict_cells")]
     assert metrics == [1, 1, 0, 0] and score["mean_turns"] == 3 and score["right"] == "111111"
-    assert score["remasked_wrong_cells"] == (start != clean).sum()
     assert score["ci95_exact"][0] > 0.5
     truth = Oracle(clean)
     truth.forward = lambda x: torch.nn.functional.one_hot(clean[: len(x)], 10).float()
@@ -478,7 +477,7 @@ def test_gamma_and_rotation_reach_training(smoke, monkeypatch):
 
     monkeypatch.setattr(rm, "train", train)
     command = ("--smoke", "--variant", "full", "--out", smoke / "gamma")
-    cases = {(): "0.9 True", ("--gamma", 0): "0.0 True", ("--no-rotate",): "0.9 False"}
+    cases = {(): "0.5 True", ("--gamma", 0): "0.0 True", ("--no-rotate",): "0.5 False"}
     for extra, reached in cases.items():
         with pytest.raises(rm.InputError, match=reached):
             run_main(monkeypatch, *command, *extra)
