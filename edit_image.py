@@ -346,13 +346,11 @@ def read_picture(path: Path, size: tuple | None = None) -> tuple[np.ndarray, np.
 
     size: the height and width that it must have; None: SIDE at most.  Raises InputError.
     """
-    try:
+    with rm.naming(path, "cannot be read as an image"):
         image = Image.open(path)
         if image.mode.startswith("I"):  # 16-bit grey, which PIL would cut off at 255
             image = Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8))
         image = image.convert("RGBA")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path} cannot be read as an image: {error}") from None
     if image.size[::-1] != size if size else max(image.size) > SIDE:
         wanted = f"{size[1]}x{size[0]}" if size else f"{SIDE}x{SIDE} at most"
         raise InputError(f"{path} is {image.width}x{image.height} pixels, it must be {wanted}")

@@ -34,8 +34,11 @@ def rotate_pairs(x: Tensor, delta: Tensor | float) -> Tensor:
     pair = torch.arange(0, width, 2, dtype=torch.float64, device=x.device)
     frequency = 10000.0 ** (-pair / width)
     angle = torch.as_tensor(delta, dtype=torch.float64, device=x.device) * frequency
-    cos = angle.cos().to(x.dtype)
-    sin = angle.sin().to(x.dtype)
+    return turn_pairs(x, angle.cos().to(x.dtype), angle.sin().to(x.dtype))
+
+
+def turn_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x with its pairs (j, j + D/2) turned by the angles of these cosines and sines."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
 

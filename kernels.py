@@ -31,10 +31,7 @@ try:
     INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: on CPU tensors, slowly
 except ImportError:
     triton, tl, INTERPRETED = None, types.SimpleNamespace(constexpr=lambda value: value), False
-
-    def jit(kernel: Callable | None = None, **options) -> Callable:
-        return kernel or jit
-
+    jit = lambda kernel=None, **_: kernel or jit
 
 STATE = torch.float32, torch.int32, torch.float32  # of a scan: see section 1
 NO_TOKEN = tl.constexpr(2**31 - 1)  # "none yet"; greater than any id, so that min() prefers ids
@@ -87,19 +84,25 @@ def check_ids(
             require(inside, f"{name} must hold ids in [{low}, {size}), got {least} to {most}")
 
 
-def check_head(head: Tensor, bias: Tensor | None, x: Tensor) -> None:
-    """The output weight [V, D] and its bias [V] or None, as the hidden states x [..., D] are."""
+def check_logits(x: Tensor, head: Tensor | None, bias: Tensor | None) -> int:
+    """V.  x: logits [..., V]; or, with the output weight head [V, D], hidden states [..., D]."""
+    check_floating("logits" if head is None else "hidden", x)
+    require(head is not None or bias is None, "bias needs head")
+    if head is None:
+        return x.shape[-1]
     check_tensor("head", head, head.shape[:1] + x.shape[-1:], x.dtype, x.device)
     if bias is not None:
         check_tensor("bias", bias, head.shape[:1], x.dtype, x.device)
+    return len(head)
 
 
 def check_decision(
-    name: str, x: Tensor, vocabulary: int, tokens: Tensor, mask_id: int, editable: Tensor | None
-) -> Tensor | None:
-    """The arguments of Eq. 1; x are logits or hidden states.  Returns editable in tokens' shape."""
-    check_floating(name, x)
-    require(vocabulary >= 2, f"{name} needs a vocabulary of a token and MASK, got {[*x.shape]}")
+    x: Tensor, tokens: Tensor, mask_id: int, editable: Tensor | None,
+    head: Tensor | None = None, bias: Tensor | None = None,
+) -> Tensor | None:  # fmt: skip
+    """The arguments of Eq. 1.  Returns editable in tokens' shape."""
+    vocabulary = check_logits(x, head, bias)
+    require(vocabulary >= 2, f"logits need a vocabulary of a token and MASK, got {vocabulary}")
     require(0 <= mask_id < vocabulary, f"mask_id must lie in [0, {vocabulary}), got {mask_id}")
     check_ids("tokens", tokens, x.shape[:-1], x.device, 0, vocabulary)
     if editable is None:
@@ -322,11 +325,8 @@ def _decide_kernel(
         use = inside & ~masked
         _store_visible(row, use, token, remask, mask_id, best_out, confidence_out, following_out)
     if tl.max(masked.to(tl.int32), 0) > 0:
-        start = 0
-        end = vocabulary
-        if top_out is not None:
-            start = part * share
-            end = tl.minimum(vocabulary, start + share)
+        start = part * share
+        end = tl.minimum(vocabulary, start + share)
         top, best, rest = _scan(
             line, masked, start, end, vocabulary, mask_id, stride_v, GROUP, COLUMNS
         )
@@ -419,8 +419,7 @@ def decide_from_logits(
     NaN, as in torch's argmax and softmax.  Two or more +inf, or a row of -inf, have confidence NaN;
     the latter reveals the lowest id.
     """
-    vocabulary = logits.shape[-1] if logits.ndim else 0
-    editable = check_decision("logits", logits, vocabulary, tokens, mask_id, editable)
+    editable = check_decision(logits, tokens, mask_id, editable)
     use_triton("triton", logits)
     decision = _new_decision(tokens)
     _decide_rows(logits, None, tokens.contiguous(), editable, mask_id, decision)
@@ -545,8 +544,7 @@ def decide_from_hidden(
     stay masked (on CPU they are a ValueError).  Without it and for V > 1,024 the row count is asked
     of the device once: a CUDA graph and torch.compile(fullgraph=True) then refuse.
     """
-    editable = check_decision("hidden", hidden, len(head), tokens, mask_id, editable)
-    check_head(head, bias, hidden)
+    editable = check_decision(hidden, tokens, mask_id, editable, head, bias)
     use_triton("triton", hidden)
     count, (vocabulary, width) = tokens.numel(), head.shape
     hidden = hidden.reshape(count, width).contiguous()
@@ -935,12 +933,8 @@ def revision_cross_entropy(
     forward, and the number of counted rows is asked of the device once: a CUDA graph and
     torch.compile(fullgraph=True) then refuse.
     """
-    check_floating("logits" if head is None else "hidden", inputs)
-    require(head is not None or bias is None, "bias needs head")
-    if head is not None:
-        check_head(head, bias, inputs)
+    vocabulary = check_logits(inputs, head, bias)
     require(len(weights) == 3, f"weights must be three numbers, got {weights}")
-    vocabulary = inputs.shape[-1] if head is None else len(head)
     check_ids("role", role, inputs.shape[:-1], inputs.device, IGNORE, 3)
     check_ids("target", target, role.shape, inputs.device, 0, vocabulary, where=role != IGNORE)
     use_triton("triton", inputs)

@@ -27,8 +27,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kernels
-from history import ABSENT, HistoryReference, history_embedding, wide
-from kernels import check_decision, check_head, check_ids, require, use_triton
+from history import ABSENT, HistoryReference, history_embedding, turn_pairs, wide
+from kernels import check_decision, check_ids, check_logits, require, use_triton
 
 # ------------------------------------------------------------------------------------------------
 # 1. Eq. 1, the decision rule
@@ -52,7 +52,7 @@ def decide(
     switch one kind off.  impl: "torch", "triton" or None, triton on a GPU.  Returns int64 [B, N].
     Ties reveal the lowest id; NaN never re-masks and wins the argmax.  ValueError: wrong shapes.
     """
-    require(head is not None or bias is None, "bias needs head")
+    editable = check_decision(logits, tokens, mask_id, editable, head, bias)
     if not allow_reveal:  # then no masked row need be read
         visible = tokens != mask_id
         editable = visible if editable is None else editable & visible
@@ -62,8 +62,6 @@ def decide(
         how = (head, tokens, mask_id, editable, bias)
         best, confidence, remask, _ = kernels.decide_from_hidden(logits, *how)
     else:
-        vocabulary = logits.shape[-1] if head is None else len(head)
-        editable = check_decision("logits", logits, vocabulary, tokens, mask_id, editable)
         masked = tokens == mask_id if editable is None else editable & (tokens == mask_id)
         own, at_mask, rows = _logits_that_matter(logits, tokens, mask_id, masked, head, bias)
         remask = at_mask > own  # Eq. 1: p(M) > p(x); softmax keeps the order; never where x = M
@@ -87,7 +85,6 @@ def _logits_that_matter(logits, tokens, mask_id, masked, head, bias):
     if head is None:
         own = logits.gather(-1, tokens.long().unsqueeze(-1)).squeeze(-1)
         return own, logits[..., mask_id], logits[masked]
-    check_head(head, bias, logits)
     bias = head.new_zeros(len(head)) if bias is None else bias
     own = (wide(logits) * wide(head[tokens])).sum(-1) + bias[tokens]
     at_mask = (wide(logits) * wide(head[mask_id])).sum(-1) + bias[mask_id]
@@ -160,14 +157,13 @@ def revision_loss(
         parts = kernels.revision_cross_entropy(logits, target, role, weights, head, bias)
         return RevisionLoss(*parts)
     require(len(weights) == 3, f"weights must be three numbers, got {weights}")
-    require(head is not None or bias is None, "bias needs head")
+    vocabulary = check_logits(logits, head, bias)
     check_ids("role", role, logits.shape[:-1], logits.device, IGNORE, 3)
     counted = role != IGNORE
+    check_ids("target", target, role.shape, logits.device, 0, vocabulary, where=counted)
     rows = logits[counted]
     if head is not None:
-        check_head(head, bias, logits)
         rows = F.linear(rows, head, bias)
-    check_ids("target", target, role.shape, logits.device, 0, rows.shape[-1], where=counted)
     loss = F.cross_entropy(wide(rows), target[counted].long(), reduction="none")
 
     count = counted.sum().clamp(min=1)
@@ -193,8 +189,7 @@ def uniform_wrong(
     """
     different = len(choices.unique()) == len(choices) > 1
     require(different, f"choices must be two or more different tokens, got {choices.tolist()}")
-    shape = clean.shape
-    drawn = torch.randint(len(choices) - 1, shape, generator=generator, device=clean.device)
+    drawn = torch.randint(len(choices) - 1, clean.shape, generator=generator, device=clean.device)
     wrong = choices[drawn]  # one of the first C - 1; the truth becomes the last: uniform again
     return torch.where(wrong == clean, choices[-1], wrong)
 
@@ -321,12 +316,10 @@ def revise(
         patience = 3 if history.gamma else 1
 
     history.reset()
-    result = tokens.clone()
-    states = [tokens.clone()]
+    states = [tokens.clone()]  # x(0), x(1), ... of the whole batch
     turns = torch.zeros(len(tokens), dtype=torch.long, device=tokens.device)
     status = torch.zeros_like(turns)  # index in STATUS
     running = torch.arange(len(tokens), device=tokens.device)  # rows of the batch still at work
-    past = tokens.unsqueeze(0)  # their states so far
     for turn in range(1, max_turns + 1):  # from x(turn - 1) to x(turn)
         logits = denoiser(history.push(tokens), **context)  # Eq. 2, then the network
         fits = logits.shape[:2] == tokens.shape
@@ -341,6 +334,7 @@ def revise(
             following = rule(logits, tokens, mask_id, **how)
 
         settled = (following == tokens).all(-1)
+        past = torch.stack(states)[:, running]
         returned = (past == following).all(-1).sum(0) >= patience
         turns[running] = turn
         status[running] = torch.where(settled, 0, torch.where(returned, 1, 2))
@@ -351,14 +345,13 @@ def revise(
             revealed = eq1(logits[last], tokens[last], mask_id, editable[last], allow_remask=False)
             following[last] = torch.where(following[last] == mask_id, revealed, following[last])
 
+        result = states[-1].clone()
         result[running] = following
-        if trace:
-            states.append(result.clone())
+        states.append(result)
         if not going.any():
             break
         history.keep(going)
         tokens, editable, running = following[going], editable[going], running[going]
-        past = torch.cat([past[:, going], tokens.unsqueeze(0)])
         context = {name: value[going] for name, value in context.items()}
     named = [STATUS[index] for index in status.tolist()]
     return Revision(result, turns.tolist(), named, torch.stack(states) if trace else None)
@@ -412,7 +405,8 @@ class Block(nn.Module):
         projected = projected.view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         query, key, value = projected  # [B, heads, N, D / heads] each
         if rotation is not None:
-            query, key = _rotary(query, rotation), _rotary(key, rotation)
+            cos, sin = rotation.to(query.dtype)
+            query, key = turn_pairs(query, cos, sin), turn_pairs(key, cos, sin)
         # Written out: PyTorch's fused attention takes no learned bias, and its backward pass three
         # times as long on a CPU.
         score = query @ key.transpose(-1, -2) * (width // self.heads) ** -0.5
@@ -422,13 +416,6 @@ class Block(nn.Module):
         x = x + self.attention_out(mixed.transpose(1, 2).reshape(batch, length, width))
         hidden = self.feed_forward_in(self.feed_forward_norm(x))
         return x + self.feed_forward_out(hidden.relu().square())
-
-
-def _rotary(x: Tensor, rotation: Tensor) -> Tensor:
-    """history.rotate_pairs of queries or keys by a table of cosines and sines."""
-    cos, sin = rotation.to(x.dtype)
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
 
 
 class MaskDiffusionTransformer(nn.Module):
@@ -575,19 +562,19 @@ def train(
     if batch_size % world:
         raise InputError(f"a batch of {batch_size} cannot be shared by {world} processes")
     device = model.embedding.device
-    forward = make_forward(model, gamma, rotate, compile)
+    network = torch.compile(model) if compile else model
+    if dist.is_initialized():
+        network = nn.parallel.DistributedDataParallel(network)
     optimization = make_optimizers(model, learning_rate, muon_factor, warmup, steps)
     generator = torch.Generator(device)
     start = 0
     seconds = 0.0
     if checkpoint and checkpoint.exists():
         saved = read_torch(checkpoint, device)
-        try:
+        with naming(checkpoint, "does not fit"):
             model.load_state_dict(saved["model"])
             for part, state in zip(optimization, saved["optimization"], strict=True):
                 part.load_state_dict(state)
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise InputError(f"{checkpoint} does not fit: {first_line(error)}") from None
         start = saved["step"]
         seconds = saved["seconds"]
 
@@ -599,20 +586,19 @@ def train(
             states, clean = states[:, rank::world], clean[rank::world]
             editable = None if editable is None else editable[rank::world]
             target, role = oracle(states[-1], clean, mask_id, editable)
-            logits = forward(states)
+            inputs = history_embedding(states, model.embedding, gamma, rotate)
+            with mixed_precision(device):
+                logits = network(inputs).float()
             if position_weight:
                 loss = mask_loss(logits, target, role, position_weight[0][rank::world])
             else:
                 loss = revision_loss(logits, target, role)
-            gradient_norm = update(model, loss.total, role, optimization)
-            if not gradient_norm.isfinite():
-                found = f"the loss is {loss.total.item()}, its gradient {gradient_norm.item()}"
-                raise InputError(f"{found} at step {step + 1}")
+            update(model, loss.total, role, optimization, step + 1)
             seconds += time.perf_counter() - began
 
             parts = {"reveal": loss.reveal, "remask": loss.remask, "keep": loss.keep}
             yield step + 1, {"loss": loss.total.detach(), **parts, "seconds": seconds}
-            if checkpoint and (received or (step + 1) % checkpoint_every == 0):
+            if checkpoint and rank == 0 and (received or (step + 1) % checkpoint_every == 0):
                 saved = {
                     "model": model.state_dict(),
                     "optimization": [part.state_dict() for part in optimization],
@@ -620,28 +606,10 @@ def train(
                     "seconds": seconds,
                     "notes": notes,
                 }
-                if rank == 0:
-                    replace_file(checkpoint, partial(torch.save, saved))
+                replace_file(checkpoint, partial(torch.save, saved))
             if received:
                 how = "the same command goes on from here" if checkpoint else "nothing was saved"
                 raise InputError(f"stopped after step {step + 1}: {how}")
-
-
-def make_forward(model: nn.Module, gamma: float, rotate: bool, compile: bool) -> nn.Module:
-    """States -> logits: all that has a gradient in one module, so that DDP sees it."""
-    network = torch.compile(model) if compile else model
-
-    class Forward(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.model = model
-
-        def forward(self, states: Tensor) -> Tensor:
-            inputs = history_embedding(states, self.model.embedding, gamma, rotate)
-            with mixed_precision(inputs.device):
-                return network(inputs).float()
-
-    return nn.parallel.DistributedDataParallel(Forward()) if dist.is_initialized() else Forward()
 
 
 def make_optimizers(
@@ -693,11 +661,8 @@ def orthogonal(x: Tensor) -> Tensor:
     return x
 
 
-def update(model: nn.Module, loss: Tensor, role: Tensor, optimization: list) -> Tensor:
-    """One step of the optimisers and their schedules; returns the norm of the gradient.
-
-    A gradient that is not finite changes nothing.
-    """
+def update(model: nn.Module, loss: Tensor, role: Tensor, optimization: list, step: int) -> None:
+    """One step of the optimisers and schedules; InputError before it: a gradient is not finite."""
     model.zero_grad()
     if dist.is_initialized():  # a process divides by its own positions, and DDP by the processes
         count = (role != IGNORE).sum()
@@ -706,10 +671,10 @@ def update(model: nn.Module, loss: Tensor, role: Tensor, optimization: list) -> 
         loss = loss * (count * dist.get_world_size() / everyone.clamp(min=1))
     loss.backward()
     norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    if norm.isfinite():
-        for part in optimization:
-            part.step()
-    return norm
+    if not norm.isfinite():
+        raise InputError(f"step {step}: the loss is {loss.item()}, its gradient {norm.item()}")
+    for part in optimization:
+        part.step()
 
 
 def mask_loss(logits: Tensor, target: Tensor, role: Tensor, weight: Tensor) -> RevisionLoss:
@@ -722,15 +687,6 @@ def mask_loss(logits: Tensor, target: Tensor, role: Tensor, weight: Tensor) -> R
     total = (loss * weight[masked]).sum() / max(loss.numel(), 1)
     nothing = total.new_zeros(())
     return RevisionLoss(total, total.detach(), nothing, nothing)
-
-
-def gather(value) -> list:
-    """value of every process, by rank."""
-    values = [value]
-    if dist.is_initialized():
-        values = [None] * dist.get_world_size()
-        dist.all_gather_object(values, value)
-    return values
 
 
 @contextlib.contextmanager
@@ -759,20 +715,20 @@ class Run:
         self.notes = {"settings": settings, "curve": []}
         self.resume = path.with_name(f"{path.name}.resume.pt")
         done = path.with_name(f"{path.name}.json")
-        if done.exists():
-            try:
-                self.record = json.loads(done.read_text(encoding="utf-8"))
-                found = dict(self.record["settings"])
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                raise InputError(f"{done} is no record: {first_line(error)}: delete it") from None
-            require_same(settings, found, done)
+        file = done if done.exists() else self.resume
+        with naming(file, "is of no run, delete it"):
+            found = self.notes
+            if done.exists():
+                found = self.record = json.loads(done.read_text(encoding="utf-8"))
+            elif self.resume.exists():
+                found = self.notes = read_torch(self.resume)["notes"]
+            found = dict(found["settings"])
+            self.curve = self.notes["curve"]
+        other = {key: found.get(key) for key in settings if found.get(key) != settings[key]}
+        if other:
+            raise InputError(f"{file} was made with {other}: use another --out, or delete it")
+        if self.record:
             say(f"{done} is there: done")
-        elif self.resume.exists():
-            self.notes = read_torch(self.resume).get("notes")
-            if not self.notes:
-                raise InputError(f"{self.resume} is no training state: delete it to start anew")
-            require_same(settings, self.notes["settings"], self.resume)
-        self.curve = self.notes["curve"]
 
     def files(self, every: int) -> dict:
         """Options of train: the resume file, written every so many steps."""
@@ -790,9 +746,7 @@ class Run:
         text = " ".join(f"{name} {shown[name]:.3f}" for name in [*shown][2:])
         left = stats["seconds"] / step * (steps - step)
         line = f"{self.path.name} {step}/{steps} {text} {left // 60:.0f}:{left % 60:02.0f} left"
-        terminal = sys.stdout.isatty()
-        end = "" if terminal and step < steps else "\n"
-        print(f"\r{line}\033[K" if terminal else line, end=end, flush=True)
+        print(line, flush=True)
 
     def finish(self, model: nn.Module, task: str, **record) -> dict:
         """The record, completed; writes it beside the checkpoint, which holds it as its info."""
@@ -807,15 +761,9 @@ class Run:
             save_checkpoint(self.path.with_name(f"{self.path.name}.pt"), model, task, **record)
             write_json(self.path.with_name(f"{self.path.name}.json"), record)
             self.resume.unlink(missing_ok=True)
-        gather(None)  # under torchrun the others wait: what comes next may read the files
+        if dist.is_initialized():
+            dist.barrier()  # what comes next may read the files
         return record
-
-
-def require_same(settings: dict, found: dict, path: Path) -> None:
-    """A run goes on, or counts as done, only under the settings it began with (InputError)."""
-    other = {key: found.get(key) for key in settings if found.get(key) != settings[key]}
-    if other:
-        raise InputError(f"{path} was made with {other}: use another --out, or delete it")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -824,6 +772,18 @@ def require_same(settings: dict, found: dict, path: Path) -> None:
 
 class InputError(ValueError):
     """Something the user gave is wrong.  run_script makes it one line on stderr, exit code 2."""
+
+
+@contextlib.contextmanager
+def naming(what: Path | str, verdict: str) -> Iterator[None]:
+    """Whatever fails in this block becomes an InputError: WHAT VERDICT: the reason, in a line."""
+    try:
+        yield
+    except InputError:  # says it already
+        raise
+    except Exception as error:  # torch.load alone raises half a dozen kinds
+        reason = f"{type(error).__name__} {error}".splitlines()[0][:120]
+        raise InputError(f"{what} {verdict}: {reason}") from None
 
 
 def run_script(main: Callable[[], None]) -> None:
@@ -850,11 +810,9 @@ def start_device(name: str = "auto") -> torch.device:
     processes = int(os.environ.get("WORLD_SIZE", 1))
     if processes > 1 and name == "cuda":
         name = f"cuda:{os.environ['LOCAL_RANK']}"
-    try:
+    with naming(f"device {name!r}", "is not there"):
         device = torch.device(name)
         torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(f"device {name!r} is not there: {str(error).splitlines()[0]}") from None
     if processes > 1 and not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(device)
@@ -887,16 +845,13 @@ def mixed_precision(device: torch.device) -> torch.autocast:
 
 def provenance() -> dict:
     """Where a figure comes from: command, commit, device, threads, version, date."""
-    describe = ["git", "describe", "--always", "--dirty", "--abbrev=10"]
-    quiet = {"cwd": Path(__file__).parent, "text": True, "stderr": subprocess.DEVNULL}
-    try:
-        commit = subprocess.check_output(describe, **quiet).strip()
-    except (OSError, subprocess.CalledProcessError):  # no git, or no checkout
-        commit = "unknown"
+    describe = "git describe --always --dirty --abbrev=10"
+    how = {"shell": True, "cwd": Path(__file__).parent, "capture_output": True, "text": True}
+    commit = subprocess.run(describe, **how).stdout.strip()
     cuda = torch.cuda.is_available()
     return {
         "command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "commit": commit,
+        "commit": commit or "unknown",  # no git, or no checkout
         "device": torch.cuda.get_device_name() if cuda else torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "torch": str(torch.__version__),
@@ -913,17 +868,16 @@ def replace_file(path: Path, write: Callable[[Path], None]) -> None:
     path = path.resolve() if regular else path
     folder = path.parent if regular else Path(tempfile.gettempdir())
     temporary = folder / f"{path.name}.{os.getpid()}.tmp"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write(temporary)
-        if regular:
-            os.replace(temporary, path)
-        else:
-            path.write_bytes(temporary.read_bytes())
-    except (OSError, RuntimeError) as error:  # torch.save raises the second on a full disk
-        raise InputError(f"{path} cannot be written: {error}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
+    with naming(path, "cannot be written"):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write(temporary)
+            if regular:
+                os.replace(temporary, path)
+            else:
+                path.write_bytes(temporary.read_bytes())
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path | None, contents: dict | list) -> None:
@@ -939,13 +893,10 @@ def read_lines(path: Path) -> list[tuple[int, str]]:
 
     Raises InputError when the file cannot be read or has no such line.
     """
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read: {error}") from None
-    numbered = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
-    if not numbered:
-        raise InputError(f"{path} is empty")
+    with naming(path, "cannot be read"):
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+        numbered = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
+        require(len(numbered) > 0, "it is empty")
     return numbered
 
 
@@ -980,33 +931,23 @@ def load_checkpoint(
     """
     saved = read_torch(path, device)
     found = saved.get("task", "none: a training state, not a model")
-    if found != task:
-        raise InputError(f"{path} is a checkpoint of task {found!r}, expected {task!r}")
-    try:
+    with naming(path, "does not fit"):
+        require(found == task, f"it is a checkpoint of task {found!r}, expected {task!r}")
         config = TransformerConfig(**saved["config"])
         model = build(saved["info"]) if build else MaskDiffusionTransformer(config)
         model.to(device).load_state_dict(saved["model"])
         missing = [name for name in needs if name not in saved["info"]]
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"{path} does not fit this project: {first_line(error)}") from None
-    if missing:
-        raise InputError(f"{path} does not say its {', '.join(missing)}")
-    if not all(value.isfinite().all() for value in model.state_dict().values()):
-        raise InputError(f"{path} has weights that are not finite")
+        require(not missing, f"it does not say its {', '.join(missing)}")
+        finite = all(bool(value.isfinite().all()) for value in model.state_dict().values())
+        require(finite, "it has weights that are not finite")
     return model.eval(), saved["info"]
-
-
-def first_line(error: Exception) -> str:
-    return f"{type(error).__name__} {error}".splitlines()[0][:120]
 
 
 def read_torch(path: Path, device: torch.device | str = "cpu") -> dict:
     """A dict that torch.save wrote.  Raises InputError for anything else."""
-    try:
+    with naming(path, "cannot be read as a checkpoint"):
         saved = torch.load(path, map_location=device, weights_only=True)
         require(isinstance(saved, dict), f"it holds a {type(saved).__name__}")
-    except Exception as error:  # torch.load raises half a dozen kinds on a file not its own
-        raise InputError(f"{path} cannot be read as a checkpoint: {first_line(error)}") from None
     return saved
 
 
@@ -1043,26 +984,19 @@ def paired_bootstrap(ours: str, theirs: str) -> dict:
 
 
 def new_figure(rows: int = 1, columns: int = 1, width: float = 6.0, height: float = 3.6):
-    """(figure, axes [rows, columns]) of matplotlib, drawn without a screen."""
-    import matplotlib
+    """(figure, axes [rows, columns]) of matplotlib; without pyplot, so no screen is needed."""
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    size = (width, height)
-    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    figure = Figure((width, height), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
     for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
     return figure, axes
 
 
 def save_figure(figure, path: Path) -> None:
-    """Writes the figure by rename, closes it, and says so."""
-    import matplotlib.pyplot as plt
-
-    kind = path.suffix.lstrip(".") or "png"
-    replace_file(path, lambda file: figure.savefig(file, dpi=150, format=kind))
-    plt.close(figure)
+    """Writes the figure as PNG by rename, and says so."""
+    replace_file(path, lambda file: figure.savefig(file, dpi=150, format="png"))
     print(f"wrote {path}", flush=True)
 
 
@@ -1091,16 +1025,11 @@ def draw_lines(
 
 
 class Options(argparse.ArgumentParser):
-    """argparse with errors of one line, and groups that name the modes that read them:
+    """argparse with errors of one line, and groups that name the modes that read them.
 
-        options = Options(description="...")
-        add = options.group("training", "train")  # no mode: every one reads it
-        add("--steps", type=number(int, 1))
-        options.general("runs/task")
-        args = options.parse(lambda args: "evaluate" if args.evaluate else "train", {"steps": 4})
-
-    An option given in a mode that would ignore it is an error; args.mode is the mode, args.given
-    the names of the options given.  The last argument: what --smoke sets where it was not given.
+    An option given in a mode that would ignore it is an error; a group without modes is read in
+    all.  parse adds args.mode, by mode_of(args), and args.given, the names of the options given;
+    small: what --smoke sets where it was not given.
     """
 
     def group(self, title: str, *modes: str) -> Callable[..., None]:
@@ -1127,7 +1056,8 @@ class Options(argparse.ArgumentParser):
         for action in self._actions:
             action.default = argparse.SUPPRESS
         given = vars(self.parse_args())
-        args = argparse.Namespace(**{**defaults, **given}, given={*given})
+        small = small if "smoke" in given else {}
+        args = argparse.Namespace(**{**defaults, **small, **given}, given={*given})
         args.mode = mode_of(args)
         for action in self._actions:
             modes = getattr(action, "modes", ())
@@ -1138,8 +1068,6 @@ class Options(argparse.ArgumentParser):
                 picture = path.suffix == ".png" and not path.is_dir()
                 check_writable(path if picture or path == args.json else path / "file")
         args.out = args.out or (self.out.with_name("smoke") if args.smoke else self.out)
-        small = small if args.smoke else {}
-        vars(args).update({name: value for name, value in small.items() if name not in given})
         return args
 
     def error(self, message: str):
@@ -1161,12 +1089,9 @@ def number(kind: type, low: float, high: float = 1e9) -> Callable[[str], float]:
 
 def check_writable(path: Path) -> None:
     """InputError before the first step, not after the last, where a file cannot be written."""
-    try:
-        if path.is_dir():
-            raise IsADirectoryError("it is a folder")
+    with naming(path, "cannot be written"):
+        require(not path.is_dir(), "it is a folder")
         if path.is_file() or not path.exists():
             target = path.resolve()
             there = next(folder for folder in target.parents if folder.exists())
             tempfile.TemporaryFile(dir=there).close()
-    except (OSError, RuntimeError) as error:  # a link to itself is the second
-        raise InputError(f"{path} cannot be written: {error}") from None

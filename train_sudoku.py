@@ -403,8 +403,10 @@ def train_variant(
     if not steps and "planned" not in run.notes:
         trial = rm.train(new_model(device), sample, 40, MASK, warmup=40, **options)
         seconds = [stats["seconds"] for _, stats in trial]
-        each = (seconds[-1] - seconds[9]) / 30  # the first ten are slow
-        run.notes["planned"] = max(1, int(minutes * 60 / rm.gather(each)[0]))  # of process 0
+        each = [(seconds[-1] - seconds[9]) / 30]  # the first ten are slow
+        if rm.dist.is_initialized():
+            rm.dist.broadcast_object_list(each)
+        run.notes["planned"] = max(1, int(minutes * 60 / each[0]))
     steps = steps or run.notes["planned"]
     every = max(1, min(250, steps // 8))
     how = {"max_turns": max_turns, "rule": RULES.get(variant)}

@@ -329,15 +329,13 @@ def read_problems(
     lines = rm.read_lines(path)
     for number, line in lines:
         where = f"{path} line {number}"
-        try:
+        wanted = f'{{"{prompt_key}": text, "{answer_key}": text}}, neither empty'
+        with rm.naming(where, f"must be {wanted}"):
             found = json.loads(line)
             prompt, answer = found[prompt_key], found[answer_key]
             if prompt_key == "instruction" and found.get("input"):
                 prompt = f"{prompt} {found['input']}"
             rm.require(prompt.encode() and answer.encode(), "a text is empty")
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            wanted = f'{{"{prompt_key}": text, "{answer_key}": text}}, neither empty'
-            raise InputError(f"{where} must be {wanted}: {rm.first_line(error)}") from None
         if all(len(split(text, words)) <= max_length for text in (prompt, answer)):
             problems.append(Problem(prompt, answer, where=where))
     if len(problems) < len(lines):
