@@ -8,6 +8,7 @@
     python tests/study_sudoku.py board --reveal 0 --doubt 0      the moving board of the README
 
 Each writes results/sudoku_<name>.json and .png (board: .gif).  One reveal a turn by default.
+--against FILE draws another model beside it.
 """
 
 import argparse
@@ -152,11 +153,13 @@ STUDIES = {
 }
 
 
-def draw(path: Path, rows: list[dict], axis: str, shares: tuple[str, ...]) -> None:
-    """Shares of the rows, with their intervals, against axis."""
+def draw(path: Path, models: dict[str, list[dict]], axis: str, shares: tuple[str, ...]) -> None:
+    """Shares of the rows of each model, with their intervals, against axis."""
     lines = {}
-    for share in shares:
-        lines[share] = [(row[axis], row[share], row[f"ci95_{share}"]) for row in rows]
+    for name, rows in models.items():
+        for share in shares:
+            points = [(row[axis], row[share], row[f"ci95_{share}"]) for row in rows]
+            lines[f"{share}, {name}"] = points
     rm.draw_lines(path, lines, axis.replace("_", " "), "%", log=axis == "turns")
 
 
@@ -214,37 +217,40 @@ def main() -> None:
     parser.add_argument("name", choices=[*STUDIES, "memory", "board"])
     parser.add_argument("--checkpoint", type=Path, nargs="+", default=[sudoku.SHIPPED],
         help="default: the shipped one")  # fmt: skip
-    parser.add_argument("--against", type=Path, nargs="+", help="of memory: as many checkpoints")
+    parser.add_argument("--against", type=Path, nargs="+", default=[], help="drawn beside it")
     parser.add_argument("--n", type=int, default=2000, help="boards (default 2000)")
     parser.add_argument("--reveal", type=int, default=1, help="reveals a turn; 0: all (default 1)")
     parser.add_argument("--doubt", type=float, default=sudoku.DOUBT, help="for MASK's logit")
     parser.add_argument("--max-turns", type=int, default=100, help="default 100")
     parser.add_argument("--out", type=Path, default=ROOT / "results", help="default results/")
     args = parser.parse_args()
-    if args.name == "memory" and len(args.against or ()) != len(args.checkpoint):
+    if args.name == "memory" and len(args.against) != len(args.checkpoint):
         parser.error("memory needs --against, a checkpoint for each of --checkpoint")
 
-    def load(path: Path) -> tuple:
-        model, info = rm.load_checkpoint(path, "sudoku", needs=("gamma", "rotate"))
-        return model, info["gamma"], info["rotate"]
-
-    trained = load(args.checkpoint[0])
+    trained, names = [], []
+    for path in (*args.checkpoint, *args.against):
+        model, info = rm.load_checkpoint(path, "sudoku", needs=("gamma", "rotate", "variant"))
+        trained.append((model, info["gamma"], info["rotate"]))
+        names.append(info["variant"])
     how = {"max_turns": args.max_turns, "reveal": args.reveal or None, "doubt": args.doubt}
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / f"sudoku_{args.name}"
     if args.name == "board":
-        animate(path.with_suffix(".gif"), find_retry(trained, min(args.n, 100), how))
+        animate(path.with_suffix(".gif"), find_retry(trained[0], min(args.n, 100), how))
         return
-    about = {**how, "checkpoint": args.checkpoint[0].name, "provenance": rm.provenance()}
+
+    result = {**how, "checkpoint": args.checkpoint[0].name, "provenance": rm.provenance()}
     if args.name == "memory":
-        ours, theirs = map(load, args.checkpoint), map(load, args.against)
-        rows = study_memory([*ours], [*theirs], args.n, how)
-        rm.write_json(path.with_suffix(".json"), {"rows": rows, **about})
+        half = len(args.checkpoint)
+        rows = study_memory(trained[:half], trained[half:], args.n, how)
+        rm.write_json(path.with_suffix(".json"), {"rows": rows, **result})
         return
-    rows = STUDIES[args.name](trained, args.n, how)
-    rm.write_json(path.with_suffix(".json"), {"rows": rows, **about})
+    models = {}
+    for name, one in zip(names, trained):
+        models[name] = STUDIES[args.name](one, args.n, how)
+    rm.write_json(path.with_suffix(".json"), {"rows": models, **result})
     shares = SHARES.get(args.name, ("exact", "valid"))
-    draw(path.with_suffix(".png"), rows, AXES[args.name], shares)
+    draw(path.with_suffix(".png"), models, AXES[args.name], shares)
 
 
 if __name__ == "__main__":
