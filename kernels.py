@@ -287,25 +287,16 @@ def _locate(rows, tokens, editable, count, mask_id, ROWS: tl.constexpr):
 
 
 @jit
-def _store_reveal(row, masked, top, best, rest, mask_id, best_out, confidence_out, following_out):
+def _store_reveal(row, masked, top, best, rest, mask_id, best_out, confidence_out):
     best = tl.where(top == -float("inf"), tl.where(mask_id == 0, 1, 0), best)
-    tl.store(best_out + row, best, mask=masked)
+    tl.store(best_out + row, best, mask=masked)  # Eq. 1, third line
     tl.store(confidence_out + row, _log_p(top, rest), mask=masked)
-    tl.store(following_out + row, best, mask=masked)  # Eq. 1, third line
-
-
-@jit
-def _store_visible(row, use, token, remask, mask_id, best_out, confidence_out, following_out):
-    tl.store(best_out + row, token, mask=use)
-    tl.store(confidence_out + row, -float("inf"), mask=use)
-    tl.store(following_out + row, tl.where(remask, mask_id, token), mask=use)
 
 
 @jit(do_not_specialize=["count", "length"])
 def _decide_kernel(
     logits, rows, tokens, editable,
-    best_out, confidence_out, remask_out, following_out,
-    top_out, state_out, rest_out,
+    best_out, confidence_out, remask_out, top_out, state_out, rest_out,
     count, length, stride_b, stride_n, stride_v, vocabulary, share, mask_id,
     GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -322,8 +313,8 @@ def _decide_kernel(
         at_mask = tl.load(at_mask, mask=visible, other=0.0)
         remask = visible & (at_mask.to(tl.float32) > own.to(tl.float32))  # Eq. 1, first line
         tl.store(remask_out + row, remask, mask=inside)
-        use = inside & ~masked
-        _store_visible(row, use, token, remask, mask_id, best_out, confidence_out, following_out)
+        tl.store(best_out + row, token, mask=inside & ~masked)
+        tl.store(confidence_out + row, -float("inf"), mask=inside & ~masked)
     if tl.max(masked.to(tl.int32), 0) > 0:
         start = part * share
         end = tl.minimum(vocabulary, start + share)
@@ -338,15 +329,13 @@ def _decide_kernel(
             tl.store(state_out + at, best, mask=masked)
             tl.store(rest_out + at, rest, mask=masked)
         else:
-            _store_reveal(
-                row, masked, top, best, rest, mask_id, best_out, confidence_out, following_out
-            )
+            _store_reveal(row, masked, top, best, rest, mask_id, best_out, confidence_out)
 
 
 @jit(do_not_specialize=["count", "chunks"])
 def _merge_kernel(
     top_in, best_in, rest_in, rows, tokens, editable,
-    best_out, confidence_out, following_out,
+    best_out, confidence_out,
     count, chunks, mask_id, ROWS: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     # Grid: one program per ROWS rows: merges the states of a row, always in the same order.
@@ -358,18 +347,18 @@ def _merge_kernel(
     best = tl.load(best_in + at, mask=use, other=NO_TOKEN)
     rest = tl.load(rest_in + at, mask=use, other=0.0)
     top, best, rest = _collapse(top, best, rest)
-    _store_reveal(row, masked, top, best, rest, mask_id, best_out, confidence_out, following_out)
+    _store_reveal(row, masked, top, best, rest, mask_id, best_out, confidence_out)
 
 
 def _merge(states, rows, tokens, editable, mask_id, decision) -> None:
     """Writes the reveals of masked positions from states of [count, chunks]."""
     count, chunks = states[0].shape
-    best, confidence, _, following = decision
+    best, confidence, _ = decision
     merged = max(16, triton.next_power_of_2(chunks))  # one kernel for up to 16 parts of a row
     tile = max(1, 64 // merged)
     _launch(
         _merge_kernel, (triton.cdiv(count, tile),),
-        *states, rows, tokens, editable, best, confidence, following, count, chunks, mask_id,
+        *states, rows, tokens, editable, best, confidence, count, chunks, mask_id,
         ROWS=tile, CHUNKS=merged, num_warps=1 if merged <= 128 else 4,
     )  # fmt: skip
 
@@ -398,11 +387,6 @@ def _decide_rows(logits, rows, tokens, editable, mask_id, decision) -> None:
         _merge(states, rows, tokens, editable, mask_id, decision)
 
 
-def _new_decision(tokens: Tensor) -> list[Tensor]:
-    ids = tokens.dtype
-    return _empty(tokens.shape, tokens.device, ids, torch.float32, torch.bool, ids)
-
-
 @torch.no_grad()
 def decide_from_logits(
     logits: Tensor, tokens: Tensor, mask_id: int, editable: Tensor | None = None
@@ -421,9 +405,10 @@ def decide_from_logits(
     """
     editable = check_decision(logits, tokens, mask_id, editable)
     use_triton("triton", logits)
-    decision = _new_decision(tokens)
+    decision = _empty(tokens.shape, tokens.device, tokens.dtype, torch.float32, torch.bool)
     _decide_rows(logits, None, tokens.contiguous(), editable, mask_id, decision)
-    return tuple(decision)
+    best, confidence, remask = decision
+    return best, confidence, remask, best.masked_fill(remask, mask_id)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -451,7 +436,7 @@ WORKSPACE = 2**28  # and at most so many bytes of logits, or BLOCK_ROWS where th
 @jit(do_not_specialize=["count"])
 def _remask_kernel(
     hidden, head, bias, tokens, editable,
-    best_out, confidence_out, remask_out, following_out,
+    best_out, confidence_out, remask_out,
     count, width, vocabulary, mask_id, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     # Grid: one program per ROWS positions; those that are not visible load nothing.  The
@@ -475,7 +460,8 @@ def _remask_kernel(
     remask = use_row & (gap > 0.0)  # Eq. 1, first line
     # Masked positions too: their reveals come later.
     tl.store(remask_out + row, remask, mask=inside)
-    _store_visible(row, inside, token, remask, mask_id, best_out, confidence_out, following_out)
+    tl.store(best_out + row, token, mask=inside)
+    tl.store(confidence_out + row, -float("inf"), mask=inside)
 
 
 @jit(do_not_specialize=["count"])
@@ -555,7 +541,8 @@ def decide_from_hidden(
     if max_masked is not None and tokens.device.type == "cpu":
         require(int(masked.sum()) <= max_masked, f"more than max_masked = {max_masked} are masked")
 
-    best, confidence, _, following = decision = _new_decision(tokens)
+    decision = _empty(tokens.shape, tokens.device, tokens.dtype, torch.float32, torch.bool)
+    best, confidence, remask = decision
     tile, columns, warps = _tile(width)
     _launch(
         _remask_kernel, (triton.cdiv(count, tile),),
@@ -563,7 +550,7 @@ def decide_from_hidden(
         ROWS=tile, COLUMNS=columns, num_warps=warps,
     )  # fmt: skip
 
-    reveals = best, confidence, None, following  # what the visible positions do is written
+    reveals = best, confidence, None  # what the visible positions do is written
     size = WORKSPACE // (vocabulary * hidden.dtype.itemsize)
     size = max(BLOCK_ROWS, size // BLOCK_ROWS * BLOCK_ROWS)
     with torch.autocast(hidden.device.type, enabled=False):
@@ -580,7 +567,7 @@ def decide_from_hidden(
             for block in () if few else rows.split(size):
                 logits = F.linear(hidden[block], head, bias)  # rounded as a model's own logits
                 _decide_rows(logits, block, tokens, editable, mask_id, reveals)
-    return tuple(decision)
+    return best, confidence, remask, best.masked_fill(remask, mask_id)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -104,10 +104,10 @@ def study_calibration(trained: tuple, n: int, how: dict) -> list[dict]:
     return points
 
 
-def study_memory(ours: list[tuple], theirs: list[tuple], n: int, how: dict) -> list[dict]:
+def study_memory(ours: list[tuple], theirs: list[tuple], n: int, how: dict) -> dict:
     """Valid boards and solved puzzles of models of several seeds, ours minus theirs, paired.
 
-    A row for each task; ci95 resamples its boards, the difference on each being the mean of seeds.
+    task -> row; ci95 resamples its boards, the difference on each being the mean of seeds.
     """
     clean = random_boards(n, TEST_SEED)
     tasks = {"4 to 20 wrong": (clean, corrupt(clean, TEST_SEED))}
@@ -120,7 +120,7 @@ def study_memory(ours: list[tuple], theirs: list[tuple], n: int, how: dict) -> l
         puzzle = sudoku.add_clues(minimal[few], solved[few], clues, generator)
         tasks[f"{clues} clues"] = solved[few], puzzle
 
-    rows = []
+    rows = {}
     for task, (clean, start) in tasks.items():
         solve = task.endswith("clues")
         scores, valid = [], []
@@ -131,8 +131,7 @@ def study_memory(ours: list[tuple], theirs: list[tuple], n: int, how: dict) -> l
             exact = (tokens == clean).all(-1).float().mean().item()
             scores.append({"valid": valid[-1].mean().item(), "exact": exact})
         difference = torch.stack(valid[: len(ours)]) - torch.stack(valid[len(ours) :])  # [seeds, n]
-        row = {
-            "task": task,
+        rows[task] = row = {
             "n": len(clean),
             "ours": scores[: len(ours)],
             "theirs": scores[len(ours) :],
@@ -140,8 +139,8 @@ def study_memory(ours: list[tuple], theirs: list[tuple], n: int, how: dict) -> l
             "difference": difference.mean().item(),
             "ci95": rm.bootstrap_interval(difference.mean(0).tolist()),
         }
-        rows.append(row)
-        print("{task}: {difference:+.1%} ({ci95[0]:+.1%} to {ci95[1]:+.1%})".format(**row))
+        found = "{difference:+.1%} ({ci95[0]:+.1%} to {ci95[1]:+.1%})".format(**row)
+        print(f"{task}: {found}", flush=True)
     return rows
 
 

@@ -417,7 +417,7 @@ def test_memory_is_compared_on_the_same_boards(monkeypatch):
     monkeypatch.setattr(sudoku, "revise_boards", revise_boards)
     rows = study_sudoku.study_memory(["ours", "ours"], ["none", "first"], 4, {})
     assert len(rows) == 6
-    for row in rows:
+    for row in rows.values():
         n = row["n"]
         assert row["difference_by_seed"] == pytest.approx([1, 1 - 1 / n])
         assert row["difference"] == pytest.approx(1 - 0.5 / n)
