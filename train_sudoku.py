@@ -1,7 +1,7 @@
 """Task 1: Sudoku revision.  A solved 9x9 board has 4 to 20 cells replaced by wrong digits; which
 ones, nobody says.  The model re-masks what it doubts, reveals again, stops when nothing changes.
 
-    python train_sudoku.py                   train RM, evaluate, draw the curve
+    python train_sudoku.py                   train RM with history, evaluate, draw the curve
     python train_sudoku.py --variant all     every model of the table; resumes where it stopped
     python train_sudoku.py --evaluate        score the shipped checkpoint on 2,000 boards
     python train_sudoku.py --revise BOARD    watch it repair a board; --solve PUZZLE locks the clues
@@ -10,8 +10,7 @@ ones, nobody says.  The model re-masks what it doubts, reveals again, stops when
 Tokens: MASK is 0, a digit is itself.
 What differs from the paper: it states neither its training data nor its settings, so sample_starts
 and the constants are ours.  Beside Eq. 1 as it stands we decode with one reveal a turn, which sees
-the one before, and re-mask where p(M) > 0.22 p(x) (DOUBT).  As in the paper any cell may be
-re-masked, except the clues of a puzzle.
+the one before.  As in the paper any cell may be re-masked, except the clues of a puzzle.
 """
 
 import random
@@ -30,7 +29,7 @@ import reflective_masking as rm
 from history import HistoryReference
 from reflective_masking import InputError
 
-SHIPPED = Path(__file__).parent / "checkpoints/sudoku_rm.pt"
+SHIPPED = Path(__file__).parent / "checkpoints/sudoku_full.pt"
 MASK = 0
 DIGITS = torch.arange(1, 10)
 ANY = set(range(1, 10))
@@ -57,7 +56,6 @@ VARIANTS = {  # gamma, rotate: four settings of Eq. 2
 TRAINING = {"batch_size": 64, "learning_rate": 2.5e-3}
 TEST_SEED = 1_000_000  # training boards use the seeds below
 VALIDATION_SEED = 2_000_000
-DOUBT = 1.5  # added to MASK's logit with --reveal: a needless re-mask costs no more than a turn
 
 # ------------------------------------------------------------------------------------------------
 # Boards
@@ -282,7 +280,6 @@ REPLACEMENT = {
     "direct replacement": {"rule": direct_replacement},
 }
 EQ1 = {
-    "one reveal a turn, doubt": {"reveal": 1, "max_turns": 100, "doubt": DOUBT},
     "one reveal a turn": {"reveal": 1, "max_turns": 100},  # a reveal sees the one before
     "Eq. 1": {},
 }
@@ -299,22 +296,20 @@ RULES = {"plain": low_confidence, "direct": direct_replacement}  # the others fo
 
 def revise_boards(
     trained: tuple, start: Tensor, max_turns: int = 32, reveal: int | None = None,
-    solve: bool = False, rule: Callable | None = None, doubt: float = 0.0,
+    solve: bool = False, rule: Callable | None = None,
 ) -> rm.Revision:  # fmt: skip
-    """rm.revise of boards, int64 [B, 81], with its trace.  trained: (model, gamma, rotate).
+    """rm.revise of boards, int64 [B, 81], with its trace; solve locks their clues.
 
-    solve locks their clues.  doubt is added to MASK's logit (nats).
+    trained: (model, gamma, rotate).
     """
     model, gamma, rotate = trained
-    raised = doubt * F.one_hot(torch.tensor(MASK, device=model.embedding.device), 10)
     history = HistoryReference(model.embedding.detach(), gamma, rotate)
     start = start.to(model.embedding.device)
     editable = (start == MASK) | (not solve)
     # With history, or a rule that knows its turn, a state that returns is no dead end.
     patience = max_turns if gamma or rule else None
     how = {"trace": True, "patience": patience, "rule": rule}
-    denoiser = lambda x: model(x) + raised
-    return rm.revise(denoiser, start, MASK, history, max_turns, editable, reveal, **how)
+    return rm.revise(model, start, MASK, history, max_turns, editable, reveal, **how)
 
 
 def evaluate(trained: tuple, clean: Tensor, start: Tensor, max_turns: int = 32, **how) -> dict:
@@ -345,7 +340,6 @@ def evaluate(trained: tuple, clean: Tensor, start: Tensor, max_turns: int = 32, 
         "ci95_valid": rm.wilson_interval(int(valid.sum()), n),
         "max_turns": max_turns,
         "reveal": how.get("reveal"),
-        "doubt": how.get("doubt", 0.0),
         "mean_turns": sum(turn for result in results for turn in result.turns) / n,
         "params": sum(p.numel() for p in trained[0].parameters()),
         "seconds": time.perf_counter() - began,
@@ -584,7 +578,7 @@ def parse_options():
     add("--puzzles", type=Path, metavar="FILE", help="score solving; solutions need not be given")
 
     add = options.group("training", "train")
-    add("--variant", choices=[*VARIANTS, "all"], default="rm", help="all: those of the table")
+    add("--variant", choices=[*VARIANTS, "all"], default="full", help="all: those of the table")
     add("--minutes", type=rm.number(float, 0.01), default=15, help="made into steps (default 15)")
     add("--steps", type=count, help="exactly so many instead, for equal training")
     add("--gamma", type=rm.number(float, 0, 1), help="decay of history (default: the variant's)")
@@ -600,7 +594,6 @@ def parse_options():
         modes=("evaluate",), help="wrong cells (default 4 20)")  # fmt: skip
     add("--max-turns", type=count, help="forward passes (default 32; one a turn 100)")
     add("--reveal", type=cells, help="most reveals a turn, surest first; 0: all (0; solving 1)")
-    add("--doubt", type=rm.number(float, 0, 100), help=f"nats, see DOUBT (0; one a turn {DOUBT})")
     options.general("runs/sudoku", "of training; with --evaluate of the test boards",
                     ("train",), ("train", "evaluate"))  # fmt: skip
     mode_of = lambda args: next((mode for mode in used if mode in args.given), "train")
@@ -613,8 +606,6 @@ def parse_options():
     solving = args.mode in ("solve", "puzzles")
     args.reveal = int(solving) if args.reveal is None else args.reveal
     args.max_turns = args.max_turns or (100 if args.reveal else 32)
-    if args.doubt is None:
-        args.doubt = DOUBT if args.reveal else 0.0
     return args
 
 
@@ -639,11 +630,11 @@ def use_checkpoint(args, device: torch.device) -> dict:
     if (model.config.vocabulary, model.config.length) != (10, 81):
         raise InputError(f"{args.checkpoint} is of boards that are not 9x9")
     rule = RULES.get(info["variant"])
-    if rule and (args.mode != "evaluate" or args.reveal or args.doubt):
-        raise InputError(f"{args.checkpoint} has no Eq. 1: --evaluate it, no --reveal or --doubt")
+    if rule and (args.mode != "evaluate" or args.reveal):
+        raise InputError(f"{args.checkpoint} has no Eq. 1: --evaluate it without --reveal")
     trained = (model, info["gamma"], info["rotate"])
     solve = args.mode in ("solve", "puzzles")
-    how = {"max_turns": args.max_turns, "reveal": args.reveal or None, "doubt": args.doubt}
+    how = {"max_turns": args.max_turns, "reveal": args.reveal or None}
     if args.mode in ("revise", "solve"):
         board = parse_board(args.solve or args.revise, puzzle=solve)
         return show_revision(trained, board, solve=solve, **how)

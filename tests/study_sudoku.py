@@ -5,7 +5,7 @@
     python tests/study_sudoku.py clues          puzzles solved against their clues
     python tests/study_sudoku.py calibration    what p(x) means at visible cells
     python tests/study_sudoku.py memory --checkpoint FULL... --against RM...    pairs, a seed each
-    python tests/study_sudoku.py board --reveal 0 --doubt 0      the moving board of the README
+    python tests/study_sudoku.py board --reveal 0      the moving board of the README
 
 Each writes results/sudoku_<name>.json and .png (board: .gif).  One reveal a turn by default.
 --against FILE draws another model beside it.
@@ -69,7 +69,7 @@ def study_clues(trained: tuple, n: int, how: dict) -> list[dict]:
 def study_calibration(trained: tuple, n: int, how: dict) -> list[dict]:
     """p(x) at visible cells in all turns, in 20 bins, against the share of right ones in each.
 
-    p(x) should be the probability that x is right, and p(x) + p(M) be 1; doubt is not in p.
+    p(x) should be the probability that x is right, and p(x) + p(M) be 1.
     """
     model, gamma, rotate = trained
     clean = random_boards(n, TEST_SEED)
@@ -219,7 +219,6 @@ def main() -> None:
     parser.add_argument("--against", type=Path, nargs="+", default=[], help="drawn beside it")
     parser.add_argument("--n", type=int, default=2000, help="boards (default 2000)")
     parser.add_argument("--reveal", type=int, default=1, help="reveals a turn; 0: all (default 1)")
-    parser.add_argument("--doubt", type=float, default=sudoku.DOUBT, help="for MASK's logit")
     parser.add_argument("--max-turns", type=int, default=100, help="default 100")
     parser.add_argument("--out", type=Path, default=ROOT / "results", help="default results/")
     args = parser.parse_args()
@@ -231,7 +230,7 @@ def main() -> None:
         model, info = rm.load_checkpoint(path, "sudoku", needs=("gamma", "rotate", "variant"))
         trained.append((model, info["gamma"], info["rotate"]))
         names.append(info["variant"])
-    how = {"max_turns": args.max_turns, "reveal": args.reveal or None, "doubt": args.doubt}
+    how = {"max_turns": args.max_turns, "reveal": args.reveal or None}
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / f"sudoku_{args.name}"
     if args.name == "board":
