@@ -442,6 +442,9 @@ def _remask_kernel(
     # Grid: one program per ROWS positions; those that are not visible load nothing.  The
     # difference of two rows of the head: equal rows tie, whatever the rounding.
     _, inside, row, token, free, _ = _locate(None, tokens, editable, count, mask_id, ROWS)
+    # Masked positions too: their reveals come later.
+    tl.store(best_out + row, token, mask=inside)
+    tl.store(confidence_out + row, -float("inf"), mask=inside)
     token = token.to(tl.int64)
     use_row = free & (token != mask_id) & (token >= 0) & (token < vocabulary)
     mask_row = tl.cast(mask_id, tl.int64)
@@ -458,10 +461,7 @@ def _remask_kernel(
         own = tl.load(bias + token, mask=use_row, other=0.0).to(tl.float32)
         gap += tl.load(bias + mask_row).to(tl.float32) - own
     remask = use_row & (gap > 0.0)  # Eq. 1, first line
-    # Masked positions too: their reveals come later.
     tl.store(remask_out + row, remask, mask=inside)
-    tl.store(best_out + row, token, mask=inside)
-    tl.store(confidence_out + row, -float("inf"), mask=inside)
 
 
 @jit(do_not_specialize=["count"])
