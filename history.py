@@ -26,7 +26,7 @@ def rotate_pairs(x: Tensor, delta: Tensor | float) -> Tensor:
     """R_delta x, which rotates the pair (j, j + D/2) by delta * 10000^(-2j/D) radians.
 
     x: float [..., D], D even (else ValueError).  delta: a number, or a tensor that broadcasts
-    against x's [..., 1].  Returns x's shape and dtype.
+    against x's [..., 1].  Returns the shape that both broadcast to, x's dtype.
     """
     width = x.shape[-1]
     require(width % 2 == 0, f"x must have an even last dimension, got shape {[*x.shape]}")

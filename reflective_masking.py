@@ -223,10 +223,10 @@ def sample_trajectory(
         wrong (probability p_wrong)   w until beta, M until mu, then x*;
                                       beta ~ U{1..T-1}, mu ~ U{beta+1..T}
         mask                          M until mu, then x*;  mu ~ U{1..T}
-    clean: int64 [B, N], x*.  editable: bool [B, N], the positions that take part: not all, for then
-    x(0) holds no right token.  wrong: int64 [B, N].  p_wrong (0.5 is ours): a number, or a float
-    tensor that broadcasts to [B, N].  Train on x(t), t ~ U{0..T-1}.  Returns int64 [T+1, B, N].
-    ValueError: wrong shapes.
+    clean: int64 [B, N], x*.  editable: bool [B, N], the positions that take part: all of E in the
+    paper; the scripts take some, so that x(0) holds right tokens too.  wrong: int64 [B, N].
+    p_wrong (0.5 is ours): a number, or a float tensor that broadcasts to [B, N].  Train on x(t),
+    t ~ U{0..T-1}.  Returns int64 [T+1, B, N].  ValueError: wrong shapes.
     """
     fits = wrong.shape == clean.shape == editable.shape
     shapes = f"{[*editable.shape]} and {[*wrong.shape]}, clean is {[*clean.shape]}"
@@ -304,9 +304,10 @@ def revise(
     """
     require(max_turns >= 1, f"max_turns must be at least 1, got {max_turns}")
     require(reveal is None or reveal >= 1, f"reveal must be None or at least 1, got {reveal}")
-    alone = rule is None or (head is None and reveal is None)
-    require(alone, "head and reveal belong to Eq. 1, which rule replaces")
+    compatible = rule is None or (head is None and reveal is None)
+    require(compatible, "head and reveal belong to Eq. 1, which rule replaces")
     eq1 = partial(decide, head=head, bias=bias, impl=impl)
+    rule = rule or (lambda *now, editable, **_: eq1(*now, editable, reveal))
     editable = torch.tensor(True, device=tokens.device) if editable is None else editable
     editable = editable.expand_as(tokens)
     locked = (tokens == mask_id) & ~editable
@@ -324,14 +325,12 @@ def revise(
         logits = denoiser(history.push(tokens), **context)  # Eq. 2, then the network
         fits = logits.shape[:2] == tokens.shape
         wanted = f"denoiser must return [{len(tokens)}, {tokens.shape[1]}, ...]"
-        require(fits, f"{wanted}, got {[*logits.shape]}: what it holds a sequence goes in context")
-        nan = logits.amax(-1).isnan() & editable
+        hint = "pass what has a row for each sequence, which leaves the batch with it, as context"
+        require(fits, f"{wanted}, got {[*logits.shape]}; {hint}")
+        nan = logits[..., 0].isnan() & editable  # one column: a network's NaN fills the row
         require(not nan.any(), f"denoiser returned NaN in turn {turn}")
-        if rule is None:
-            following = eq1(logits, tokens, mask_id, editable, reveal)
-        else:
-            how = {"editable": editable, "turn": turn, "max_turns": max_turns}
-            following = rule(logits, tokens, mask_id, **how)
+        how = {"editable": editable, "turn": turn, "max_turns": max_turns}
+        following = rule(logits, tokens, mask_id, **how)
 
         settled = (following == tokens).all(-1)
         past = torch.stack(states)[:, running]
@@ -339,11 +338,10 @@ def revise(
         turns[running] = turn
         status[running] = torch.where(settled, 0, torch.where(returned, 1, 2))
         going = ~settled & ~returned & (turn < max_turns)
-        last = ~going & (following == mask_id).any(-1)  # these would end with a MASK
-        if last.any():
-            following = following.clone()
-            revealed = eq1(logits[last], tokens[last], mask_id, editable[last], allow_remask=False)
-            following[last] = torch.where(following[last] == mask_id, revealed, following[last])
+        ending = ~going.unsqueeze(-1) & (following == mask_id)  # a sequence ends without MASK
+        if ending.any():
+            revealed = eq1(logits, tokens, mask_id, ending, allow_remask=False)
+            following = torch.where(ending, revealed, following)
 
         result = states[-1].clone()
         result[running] = following
@@ -368,7 +366,8 @@ class TransformerConfig:
     coordinates: N rows of K small integers, where each position is along each axis; None: its
     index.  With K >= 2 (ours) every head learns one bias for each combination of coordinates that
     two positions share: same row, same row and column, ...
-    positions: "learned" adds an embedding a coordinate; "both" also rotates queries and keys.
+    positions: "learned" adds an embedding for each coordinate; "both" also rotates queries and keys
+    by the first two (rotary positions; nothing to do with Eq. 2).
     """
 
     vocabulary: int  # V, MASK included
@@ -407,8 +406,7 @@ class Block(nn.Module):
         if rotation is not None:
             cos, sin = rotation.to(query.dtype)
             query, key = turn_pairs(query, cos, sin), turn_pairs(key, cos, sin)
-        # Written out: PyTorch's fused attention takes no learned bias, and its backward pass three
-        # times as long on a CPU.
+        # Written out: with a learned bias PyTorch's fused attention is slower on a CPU.
         score = query @ key.transpose(-1, -2) * (width // self.heads) ** -0.5
         if self.relation_bias is not None:
             score = score + self.relation_bias[:, relation]
@@ -437,7 +435,7 @@ class MaskDiffusionTransformer(nn.Module):
         width = config.width
         self.embedding = nn.Parameter(torch.randn(config.vocabulary, width) * width**-0.5)
         shared = (coordinates[:, None] == coordinates[None, :]).long()  # [N, N, K]
-        relation = (shared << torch.arange(axes)).sum(-1)
+        relation = (shared << torch.arange(axes)).sum(-1)  # bit k: they share coordinate k
         self.register_buffer("relation", relation, persistent=False)
         self.register_buffer("coordinates", coordinates, persistent=False)
         self.position = nn.ParameterList(

@@ -201,7 +201,7 @@ def sample_starts(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What training revises: start, clean, int64 [B, 81], editable, bool [B, 81].
 
-    Half are boards with nothing locked, half puzzles with 17 to 60 clues, locked, of whose other
+    Half are boards with nothing locked, half puzzles with 60 clues at most, locked, of whose other
     cells a share is filled.  Of the cells that stand and are not locked, up to half are wrong.
     puzzles: random_puzzles, on the generator's device; each is shown under a random symmetry.
     """
@@ -214,11 +214,11 @@ def sample_starts(
     clues = least + (uniform(batch_size, 1) * (61 - least)).long()  # ~ U{least..60}
     editable = (add_clues(puzzle, clean, clues, generator) == MASK) | ~is_puzzle
 
-    some = uniform(batch_size, 1) < 0.5  # the other half of the puzzles starts empty
-    share = torch.where(is_puzzle, uniform(batch_size, 1) * some, 1)  # a board starts full
-    filled = uniform(batch_size, 81) < share
-    share = 0.5 * uniform(batch_size, 1)  # ~ U(0, 0.5)
-    is_wrong = uniform(batch_size, 81) < share
+    not_empty = uniform(batch_size, 1) < 0.5  # the other half of the puzzles starts empty
+    share_filled = uniform(batch_size, 1) * not_empty
+    filled = uniform(batch_size, 81) < torch.where(is_puzzle, share_filled, 1)  # a board is full
+    share_wrong = 0.5 * uniform(batch_size, 1)  # ~ U(0, 0.5)
+    is_wrong = uniform(batch_size, 81) < share_wrong
     wrong = rm.uniform_wrong(clean, DIGITS.to(device), generator)
     start = torch.where(editable & filled & is_wrong, wrong, clean)
     return start.masked_fill(editable & ~filled, MASK), clean, editable
@@ -227,7 +227,7 @@ def sample_starts(
 def sample_batch(
     batch_size: int, generator: torch.Generator, puzzles: Tensor, plain: bool = False
 ) -> rm.Batch:
-    """A Batch for rm.train: sample_starts in a turn of a synthetic revision.
+    """A Batch for rm.train: a state x(t), t ~ U{0..5}, of a trajectory from sample_starts.
 
     In half of the rows all wrong cells start wrong, as the task does; in the others a random share,
     the rest masked.  plain: boards with masks alone, a uniform share of the cells, and a loss there
@@ -241,10 +241,10 @@ def sample_batch(
         return clean.masked_fill(masked, MASK).unsqueeze(0), clean, masked
 
     as_the_task = uniform(batch_size, 1) < 0.5
-    p_wrong = torch.where(as_the_task, 1.0, share) * (start != MASK)
+    p_wrong = torch.where(as_the_task, 1.0, share) * (start != MASK)  # a blank starts masked
     trajectory = rm.sample_trajectory(clean, start != clean, start, MASK, 6, p_wrong, generator)
-    turn = torch.randint(6, (batch_size,), generator=generator, device=generator.device)  # x(0..5)
-    return rm.history_until(trajectory, turn), clean, editable
+    t = torch.randint(6, (batch_size,), generator=generator, device=generator.device)
+    return rm.history_until(trajectory, t), clean, editable
 
 
 # ------------------------------------------------------------------------------------------------
@@ -257,7 +257,7 @@ def direct_replacement(logits, tokens, mask_id, editable, **_) -> Tensor:
     return torch.where(editable, best, tokens)
 
 
-def low_confidence(logits, tokens, mask_id, editable, turn: int, max_turns: int) -> Tensor:
+def remask_least_confident(logits, tokens, mask_id, editable, turn: int, max_turns: int) -> Tensor:
     """The tokens of least probability are re-masked, in the next turn revealed, and so on.
 
     Their number falls linearly from 20, the largest number of wrong cells, to 0 at max_turns.
@@ -285,10 +285,10 @@ EQ1 = {
 }
 DECODINGS = {  # of each variant: what a row of the table is called -> options of evaluate
     **{variant: EQ1 for variant in VARIANTS},
-    "plain": {**REPLACEMENT, "low-confidence re-masking": {"rule": low_confidence}},
+    "plain": {**REPLACEMENT, "low-confidence re-masking": {"rule": remask_least_confident}},
     "direct": REPLACEMENT,
 }
-RULES = {"plain": low_confidence, "direct": direct_replacement}  # the others follow Eq. 1
+RULES = {"plain": remask_least_confident, "direct": direct_replacement}  # the others follow Eq. 1
 
 # ------------------------------------------------------------------------------------------------
 # Evaluation
@@ -306,7 +306,8 @@ def revise_boards(
     history = HistoryReference(model.embedding.detach(), gamma, rotate)
     start = start.to(model.embedding.device)
     editable = (start == MASK) | (not solve)
-    # With history, or a rule that knows its turn, a state that returns is no dead end.
+    # With history, or a rule that knows its turn, a state that returns is no dead end: some boards
+    # that come back three times are repaired later (LOG.md, Patience).
     patience = max_turns if gamma or rule else None
     how = {"trace": True, "patience": patience, "rule": rule}
     return rm.revise(model, start, MASK, history, max_turns, editable, reveal, **how)
@@ -420,7 +421,7 @@ def train_variant(
 
 
 def train_table(variant: str, out: Path, device: torch.device, seed: int, **plan) -> dict:
-    """Trains a variant, or "all"; prints their table, draws the first's curve."""
+    """Trains a variant, or "all"; prints their table, draws the curve of full, or the one."""
     variants = [*VARIANTS] if variant == "all" else [variant]
     records = [train_variant(name, out, device, seed, **plan) for name in variants]
     if not rm.is_main_process():
@@ -430,7 +431,8 @@ def train_table(variant: str, out: Path, device: torch.device, seed: int, **plan
         for name, score in record["test"].items():
             table[f"{record['variant']}, {name}"] = {**score, "minutes": record["minutes"]}
     print_table(table)
-    first = next(iter(table))
+    ours = next((record for record in records if record["variant"] == "full"), records[0])
+    first = f"{ours['variant']}, {next(iter(ours['test']))}"
     against = {}
     print(f"\nexact of '{first}' on the same boards, minus that of")
     for label, row in table.items():
@@ -439,8 +441,8 @@ def train_table(variant: str, out: Path, device: torch.device, seed: int, **plan
         print(f"{label:44}{against[label]['difference']:+8.1%} ({low:+.1%} to {high:+.1%})")
     lines = {}
     for share in ("exact", "valid"):
-        lines[share] = [(point["minutes"], point[share], None) for point in records[0]["curve"]]
-    rm.draw_lines(out / f"{variants[0]}_curve.png", lines, "minutes", "%")
+        lines[share] = [(point["minutes"], point[share], None) for point in ours["curve"]]
+    rm.draw_lines(out / f"{ours['variant']}_curve.png", lines, "minutes", "%")
     result = {"table": table, "ours_against": against, "provenance": rm.provenance()}
     rm.write_json(out / f"{variant}_table.json", result)
     return result

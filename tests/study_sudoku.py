@@ -7,7 +7,7 @@
     python tests/study_sudoku.py memory --checkpoint FULL... --against RM...    pairs, a seed each
     python tests/study_sudoku.py board --reveal 0      the moving board of the README
 
-Each writes results/sudoku_<name>.json and .png (board: .gif).  One reveal a turn by default.
+Each writes results/sudoku_<name>.json and .png (memory: no .png; board: a .gif alone).  One reveal a turn by default.
 --against FILE draws another model beside it.
 """
 
@@ -105,7 +105,7 @@ def study_calibration(trained: tuple, n: int, how: dict) -> list[dict]:
 
 
 def study_memory(ours: list[tuple], theirs: list[tuple], n: int, how: dict) -> dict:
-    """Valid boards and solved puzzles of models of several seeds, ours minus theirs, paired.
+    """Valid and exact boards and puzzles of models of several seeds, ours minus theirs, paired.
 
     task -> row; ci95 resamples its boards, the difference on each being the mean of seeds.
     """
@@ -122,25 +122,25 @@ def study_memory(ours: list[tuple], theirs: list[tuple], n: int, how: dict) -> d
 
     rows = {}
     for task, (clean, start) in tasks.items():
-        solve = task.endswith("clues")
-        scores, valid = [], []
+        right = {"valid": [], "exact": []}  # float [n] of each model
         for trained in (*ours, *theirs):
-            result = sudoku.revise_boards(trained, start, solve=solve, **how)
+            result = sudoku.revise_boards(trained, start, solve=task.endswith("clues"), **how)
             tokens = result.tokens.cpu()
-            valid.append(sudoku.is_valid(tokens).float())
-            exact = (tokens == clean).all(-1).float().mean().item()
-            scores.append({"valid": valid[-1].mean().item(), "exact": exact})
-        difference = torch.stack(valid[: len(ours)]) - torch.stack(valid[len(ours) :])  # [seeds, n]
-        rows[task] = row = {
-            "n": len(clean),
-            "ours": scores[: len(ours)],
-            "theirs": scores[len(ours) :],
-            "difference_by_seed": difference.mean(-1).tolist(),
-            "difference": difference.mean().item(),
-            "ci95": rm.bootstrap_interval(difference.mean(0).tolist()),
-        }
-        found = "{difference:+.1%} ({ci95[0]:+.1%} to {ci95[1]:+.1%})".format(**row)
-        print(f"{task}: {found}", flush=True)
+            right["valid"].append(sudoku.is_valid(tokens).float())
+            right["exact"].append((tokens == clean).all(-1).float())
+        rows[task] = {"n": len(clean)}
+        for share, models in right.items():
+            first, second = torch.stack(models).unflatten(0, (2, -1))  # [seeds, n] each
+            difference = first - second
+            rows[task][share] = row = {
+                "ours": first.mean(-1).tolist(),
+                "theirs": second.mean(-1).tolist(),
+                "difference_by_seed": difference.mean(-1).tolist(),
+                "difference": difference.mean().item(),
+                "ci95": rm.bootstrap_interval(difference.mean(0).tolist()),
+            }
+            found = "{difference:+.1%} ({ci95[0]:+.1%} to {ci95[1]:+.1%})".format(**row)
+            print(f"{task}, {share}: {found}", flush=True)
     return rows
 
 
@@ -195,7 +195,7 @@ def animate(path: Path, trace: Tensor) -> None:
 
 def find_retry(trained: tuple, n: int, how: dict) -> Tensor:
     """The trace, int64 [turns + 1, 81], of the first test board on which the model takes back a
-    wrong digit of its own and still finds the truth."""
+    digit of its own and still finds the truth."""
     clean = random_boards(n, TEST_SEED)
     start = corrupt(clean, TEST_SEED, 20, 20)
     result = sudoku.revise_boards(trained, start, **how)
@@ -229,7 +229,7 @@ def main() -> None:
     for path in (*args.checkpoint, *args.against):
         model, info = rm.load_checkpoint(path, "sudoku", needs=("gamma", "rotate", "variant"))
         trained.append((model, info["gamma"], info["rotate"]))
-        names.append(info["variant"])
+        names.append(path.stem)
     how = {"max_turns": args.max_turns, "reveal": args.reveal or None}
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / f"sudoku_{args.name}"
@@ -237,7 +237,7 @@ def main() -> None:
         animate(path.with_suffix(".gif"), find_retry(trained[0], min(args.n, 100), how))
         return
 
-    result = {**how, "checkpoint": args.checkpoint[0].name, "provenance": rm.provenance()}
+    result = {**how, "models": names, "provenance": rm.provenance()}
     if args.name == "memory":
         half = len(args.checkpoint)
         rows = study_memory(trained[:half], trained[half:], args.n, how)
