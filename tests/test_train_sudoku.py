@@ -453,7 +453,7 @@ def test_every_model_of_the_tables_trains_and_finished_ones_are_kept(smoke, monk
     run_main(monkeypatch, *common)
     first = capsys.readouterr().out
     assert "plain, low-confidence re-masking" in first and ": done" not in first
-    assert "exact of 'rm, one reveal a turn'" in first
+    assert "exact of 'full, one reveal a turn'" in first
     table = json.loads((smoke / "all/all_table.json").read_text())
     assert table["table"].keys() == table["ours_against"].keys() and len(table["table"]) == 13
     run_main(monkeypatch, *common)
