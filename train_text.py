@@ -481,7 +481,7 @@ def sample_revision(
     length = clean.shape[1] - start
 
     some = uniform(batch_size, 1) > 0.25
-    share = uniform(batch_size, 1) * some * 2 * corruption * 4 / 3  # of a row; mean: corruption
+    share = uniform(batch_size, 1) * some * 2 * corruption * 4 / 3  # over 1: all; mean 0.3, 0.47
     starts_wrong = editable & (uniform(clean.shape) < share)
     share = uniform(batch_size, 1)
     probed = editable & (starts_wrong | (uniform(clean.shape) < share))
@@ -516,12 +516,12 @@ def reveal_trajectory(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Ours: a decoding up to one reveal that may go wrong, int64 [K, B, N], and where to stand.
 
-    In 1 to `remember` turns (1 says it all without history) the answer is revealed, rightly, until
+    In 1 to `remember` turns, as many in all rows, the answer is revealed, rightly, until
     `masks` positions are left.  Then the base reveals the k it is surest of at once; in half of the
     rows some others follow, right.  Then what is wrong is re-masked.  Where, int64 [B]: before the
     base's reveal (a third), after it (half) or after the re-masking.  rank: int64 [B, N], below
     `length` in the answer.  masks: int64 [B, 1].  logits: float [B, N, V] with -inf for MASK, the
-    base's where the masks lowest ranks are masked.
+    base's on the answer whose `masks` positions of lowest rank are masked.  K is turns + 3.
     """
     uniform = partial(torch.rand, generator=generator, device=clean.device)
     batch = len(clean)
