@@ -223,8 +223,8 @@ def sample_trajectory(
         wrong (probability p_wrong)   w until beta, M until mu, then x*;
                                       beta ~ U{1..T-1}, mu ~ U{beta+1..T}
         mask                          M until mu, then x*;  mu ~ U{1..T}
-    clean: int64 [B, N], x*.  editable: bool [B, N], the positions that take part: all of E in the
-    paper; the scripts take some, so that x(0) holds right tokens too.  wrong: int64 [B, N].
+    clean: int64 [B, N], x*.  editable: bool [B, N], the positions that take part: all of E (the
+    paper) or some of it, so that x(0) holds right tokens too.  wrong: int64 [B, N].
     p_wrong (0.5 is ours): a number, or a float tensor that broadcasts to [B, N].  Train on x(t),
     t ~ U{0..T-1}.  Returns int64 [T+1, B, N].  ValueError: wrong shapes.
     """
@@ -327,7 +327,7 @@ def revise(
         wanted = f"denoiser must return [{len(tokens)}, {tokens.shape[1]}, ...]"
         hint = "pass what has a row for each sequence, which leaves the batch with it, as context"
         require(fits, f"{wanted}, got {[*logits.shape]}; {hint}")
-        nan = logits[..., 0].isnan() & editable  # one column: a network's NaN fills the row
+        nan = logits.amax(-1).isnan() & editable  # one read of all: little beside the network
         require(not nan.any(), f"denoiser returned NaN in turn {turn}")
         how = {"editable": editable, "turn": turn, "max_turns": max_turns}
         following = rule(logits, tokens, mask_id, **how)

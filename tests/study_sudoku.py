@@ -7,8 +7,8 @@
     python tests/study_sudoku.py memory --checkpoint FULL... --against RM...    pairs, a seed each
     python tests/study_sudoku.py board --reveal 0      the moving board of the README
 
-Each writes results/sudoku_<name>.json and .png (memory: no .png; board: a .gif alone).  One reveal a turn by default.
---against FILE draws another model beside it.
+Each writes results/sudoku_<name>.json and .png (memory: no .png; board: a .gif alone).
+One reveal a turn by default.  --against FILE draws another model beside it.
 """
 
 import argparse

@@ -485,7 +485,7 @@ def test_an_empty_batch_is_revised_in_no_turns():
 
 @pytest.mark.parametrize("head", [None, torch.eye(4, dtype=torch.float64)], ids=["logits", "head"])
 def test_revise_raises_where_the_network_returns_nan(head):
-    factor = iter([1.0, NAN])
+    factor = iter([1.0, torch.tensor([1.0, 1.0, 1.0, NAN])])  # one column: a padded vocabulary's
     with pytest.raises(ValueError, match="NaN in turn 2"):
         network = scripted(PERIOD_2)
         history, tokens = one_hot_history(4, 0.0), torch.tensor([[1, 2], [M, 2]])

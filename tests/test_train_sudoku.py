@@ -422,6 +422,7 @@ def test_memory_is_compared_on_the_same_boards(monkeypatch):
         assert row["difference_by_seed"] == pytest.approx([1, 1 - 1 / n])
         assert row["difference"] == pytest.approx(1 - 0.5 / n)
         assert row["theirs"] == pytest.approx([0, 1 / n])
+        assert task["exact"]["ours"] == [0, 0]  # valid, but other boards than the truth
         assert row["ci95"][0] <= row["difference"] <= row["ci95"][1]
 
 
