@@ -755,7 +755,8 @@ def train_all(
     print_table(rows)
     columns["target"] = test.target[:10]
     draw_strips(folder / "gallery.png", test.codec, test.texts[:10], columns)
-    result = {"rows": rows, "paper": PAPER, "training": training, "provenance": rm.provenance()}
+    about = {"training": training, "provenance": rm.provenance(device)}
+    result = {"rows": rows, "paper": PAPER, **about}
     rm.write_json(folder / "table.json", result)
     return result
 
@@ -813,7 +814,7 @@ def main() -> None:
         test = load_pairs(args.test, args.n, TEST_SEED + args.seed, model.codec)
         result = evaluate(model, test, decoding)
         print_table({f"{model.variant}, {decoding}": result})
-        result |= {"seed": args.seed, "provenance": rm.provenance()}
+        result |= {"seed": args.seed, "provenance": rm.provenance(device)}
     rm.write_json(args.json, result)
 
 

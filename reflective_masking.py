@@ -753,7 +753,7 @@ class Run:
             "curve": self.curve,
             "minutes": self.curve[-1]["minutes"] if self.curve else None,
             "params": sum(p.numel() for p in model.parameters()),
-            "provenance": provenance(),
+            "provenance": provenance(model.embedding.device),
         }
         if is_main_process():
             save_checkpoint(self.path.with_name(f"{self.path.name}.pt"), model, task, **record)
@@ -841,16 +841,16 @@ def mixed_precision(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device))
 
 
-def provenance() -> dict:
+def provenance(device: torch.device) -> dict:
     """Where a figure comes from: command, commit, device, threads, version, date."""
     describe = "git describe --always --dirty --abbrev=10"
     how = {"shell": True, "cwd": Path(__file__).parent, "capture_output": True, "text": True}
     commit = subprocess.run(describe, **how).stdout.strip()
-    cuda = torch.cuda.is_available()
+    cpu = torch.backends.cpu.get_cpu_capability()
     return {
         "command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
         "commit": commit or "unknown",  # no git, or no checkout
-        "device": torch.cuda.get_device_name() if cuda else torch.backends.cpu.get_cpu_capability(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
         "threads": torch.get_num_threads(),
         "torch": str(torch.__version__),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),

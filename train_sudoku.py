@@ -443,7 +443,7 @@ def train_table(variant: str, out: Path, device: torch.device, seed: int, **plan
     for share in ("exact", "valid"):
         lines[share] = [(point["minutes"], point[share], None) for point in ours["curve"]]
     rm.draw_lines(out / f"{ours['variant']}_curve.png", lines, "minutes", "%")
-    result = {"table": table, "ours_against": against, "provenance": rm.provenance()}
+    result = {"table": table, "ours_against": against, "provenance": rm.provenance(device)}
     rm.write_json(out / f"{variant}_table.json", result)
     return result
 
@@ -658,7 +658,7 @@ def use_checkpoint(args, device: torch.device) -> dict:
         print("solved {solved:.1%} of {n} puzzles in {mean_turns:.1f} turns".format(**score))
     else:
         print_table({f"{'baseline' if rule else 'ours'}, {info['variant']}": score})
-    about = {"checkpoint": args.checkpoint.name, "provenance": rm.provenance()}
+    about = {"checkpoint": args.checkpoint.name, "provenance": rm.provenance(device)}
     return {**score, "seed": args.seed, "boards": rm.fingerprint(start, clean), **about}
 
 

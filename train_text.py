@@ -813,7 +813,7 @@ def use_checkpoint(args, read: Callable, device: torch.device) -> dict:
     else:
         raise InputError(f"the model was trained on {info['trained_on']}: it needs --test")
     check_test(Tokenizer(**info["tokenizer"]), test)
-    about = {"variant": info["variant"], "seed": seed, "provenance": rm.provenance()}
+    about = {"variant": info["variant"], "seed": seed, "provenance": rm.provenance(device)}
     return about | {"scores": evaluate_all(model, info, test, args.passes)}
 
 

@@ -237,7 +237,7 @@ def main() -> None:
         animate(path.with_suffix(".gif"), find_retry(trained[0], min(args.n, 100), how))
         return
 
-    result = {**how, "models": names, "provenance": rm.provenance()}
+    result = {**how, "models": names, "provenance": rm.provenance(trained[0][0].embedding.device)}
     if args.name == "memory":
         half = len(args.checkpoint)
         rows = study_memory(trained[:half], trained[half:], args.n, how)

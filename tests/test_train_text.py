@@ -445,7 +445,7 @@ def test_every_variant_makes_at_most_the_passes_it_may_and_leaves_prompts_alone(
                 assert ((result.trace[:-1] == text.MASK) | stays).all()
 
 
-def test_haste_is_chosen_by_validation_before_each_number_of_passes(monkeypatch, capsys):
+def test_haste_is_chosen_by_validation_before_each_number_of_passes(monkeypatch):
     best = {4: 2, 8: 1.5, 16: 1}
 
     def evaluate(model, info, problems, passes):
@@ -471,7 +471,7 @@ def test_haste_is_looked_up_by_passes():
         assert (reveals == math.ceil(haste * n / passes)).all()
 
 
-def test_passes_to_score_are_shares_of_the_answers_length(monkeypatch, capsys):
+def test_passes_to_score_are_shares_of_the_answers_length(monkeypatch):
     score = lambda model, info, problems, passes: {"accuracy": 0, "ci95": (0, 0), "passes": passes}
     monkeypatch.setattr(text, "evaluate", score)
     for length, wanted in ((32, [2, 4, 8, 16, 32, 64]), (2, [1, 2, 4])):
@@ -642,7 +642,7 @@ def test_the_shipped_checkpoint_scores_own_lines_exactly(tmp_path, monkeypatch, 
     assert json.loads((tmp_path / "result.json").read_text())["scores"][0]["n"] == 2
 
 
-def test_lines_as_people_have_them(tmp_path, capsys):
+def test_lines_as_people_have_them(tmp_path):
     gsm = {"question": "2+2?", "answer": "2+2=4\n#### 4"}
     alpaca = {"instruction": "Add.", "input": "2 2", "output": "4"}
     path = write(tmp_path / "a.jsonl", gsm, "", "  ", gsm, start="\ufeff")
