@@ -57,11 +57,6 @@ def require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def check_floating(name: str, x: Tensor) -> None:
-    fits = x.is_floating_point() and x.dtype.itemsize >= 2 and x.ndim >= 1
-    require(fits, f"{name} must be floating point of an axis or more, got {x.dtype} {[*x.shape]}")
-
-
 def check_tensor(name: str, x: Tensor, shape: tuple, dtype: torch.dtype, device: torch.device):
     fits = [*x.shape] == [*shape] and (x.dtype, x.device) == (dtype, device)
     got = f"{[*x.shape]}, {x.dtype} on {x.device}"
@@ -86,7 +81,8 @@ def check_ids(
 
 def check_logits(x: Tensor, head: Tensor | None, bias: Tensor | None) -> int:
     """V.  x: logits [..., V]; or, with the output weight head [V, D], hidden states [..., D]."""
-    check_floating("logits" if head is None else "hidden", x)
+    name = "logits" if head is None else "hidden"
+    require(x.is_floating_point(), f"{name} must be floating point, got {x.dtype}")
     require(head is not None or bias is None, "bias needs head")
     if head is None:
         return x.shape[-1]
@@ -116,7 +112,7 @@ def check_decision(
 
 def check_history(embedding: Tensor, gamma: float, rotate: bool) -> None:
     """An embedding weight [V, D], gamma in [0, 1], an even D where rotate is on."""
-    check_floating("embedding", embedding)
+    require(embedding.is_floating_point(), f"embedding must be floating, got {embedding.dtype}")
     shape = [*embedding.shape]
     require(len(shape) == 2 and min(shape) > 0, f"embedding must be a weight [V, D], got {shape}")
     require(0 <= gamma <= 1, f"gamma must lie in [0, 1], got {gamma}")
@@ -582,22 +578,6 @@ def decide_from_hidden(
 # values.  Floor at N = 8192, D = 4096, bf16 with a in float32: 134 us.  The sum reads t + 1
 # embedding rows and writes one; its gradient scatters t + 1.  Arithmetic is negligible.
 
-_ANGLES: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
-
-
-def _angles(width: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin of R_1's angles, float32 [D/2] each; kept, once they are real numbers."""
-    # A tracer's fake tensors and the memory of a CUDA graph under capture must not outlive them.
-    real = not torch.compiler.is_compiling() and type(torch.empty(0, device=device)) is Tensor
-    if real and (width, device) in _ANGLES:
-        return _ANGLES[width, device]
-    pair = torch.arange(0, width, 2, dtype=torch.float64, device=device)
-    angle = 10000.0 ** (-pair / width)
-    table = angle.cos().float(), angle.sin().float()
-    if real and not (pair.is_cuda and torch.cuda.is_current_stream_capturing()):
-        _ANGLES[width, device] = table
-    return table
-
 
 @jit
 def _load_halves(line, column, half, width, use):  # the pairs (j, j + D/2) of the rows at line
@@ -614,10 +594,10 @@ def _store_halves(line, column, half, width, use, u, v):
 
 @jit(do_not_specialize=["count"])
 def _history_kernel(
-    states, embedding, cos, sin,
+    states, embedding,
     past, gradient, sum_out, out,
     count, turns, width, half, vocabulary, gamma,
-    NORMALIZE: tl.constexpr, ROWS: tl.constexpr, HALF: tl.constexpr,
+    ROTATE: tl.constexpr, NORMALIZE: tl.constexpr, ROWS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     # Grid: one program per ROWS whole rows, for the norm.  One kernel is the step (one state, and
     # past is a(t-1)), the sum, and its gradient: the sum again, since gathering is cheaper than
@@ -626,9 +606,12 @@ def _history_kernel(
     inside = row < count
     column = tl.arange(0, HALF)[None, :]
     offset = row[:, None] * width
-    if cos is not None:
-        c = tl.load(cos + column, mask=column < half, other=0.0)
-        s = tl.load(sin + column, mask=column < half, other=0.0)
+    if ROTATE:
+        angle = tl.exp2(column * (-26.575424759098897 / width))  # 10000^(-2j/D), so at most 1:
+        x = angle * angle  # Taylor's series to 1e-9, where tl.cos, made for any angle, spills
+        c = 1 - x * (1 / 2 - x * (1 / 24 - x * (1 / 720 - x * (1 / 40320 - x * (1 / 3628800)))))
+        s = 1 - x * (1 / 6 - x * (1 / 120 - x * (1 / 5040 - x * (1 / 362880 - x * (1 / 39916800)))))
+        s = angle * s
     u = tl.zeros([ROWS, HALF], tl.float32)
     v = tl.zeros([ROWS, HALF], tl.float32)
     if past is not None:
@@ -639,7 +622,7 @@ def _history_kernel(
         state += count
         use = (token >= 0) & (token < vocabulary)  # else it adds nothing
         p, q = _load_halves(embedding + token[:, None] * width, column, half, width, use)
-        if cos is not None:
+        if ROTATE:
             u, v = u * c + v * s, v * c - u * s  # R_(-1)
         u, v = p + gamma * u, q + gamma * v  # Eq. 2
     if sum_out is not None:
@@ -661,7 +644,7 @@ def _history_kernel(
             line = out + token[:, None] * width + column
             tl.atomic_add(line, p, mask=use & (column < half), sem="relaxed")
             tl.atomic_add(line + half, q, mask=use & (column + half < width), sem="relaxed")
-            if cos is not None:
+            if ROTATE:
                 p, q = p * c - q * s, q * c + p * s  # R_1, the transpose of R_(-1)
             p, q = gamma * p, gamma * q
 
@@ -669,7 +652,6 @@ def _history_kernel(
 def _run_history(states, embedding, gamma, rotate, normalize, past=None, total=None, gradient=None):
     """What is read of a(t), which goes to total; or, given its gradient, the embedding's."""
     count, (vocabulary, width) = states[0].numel(), embedding.shape
-    cos, sin = _angles(width, embedding.device) if rotate else (None, None)
     if gradient is None:
         out = embedding.new_empty(*states.shape[1:], width)
     else:  # atomic additions, whose order, so the last bit, may vary
@@ -678,9 +660,10 @@ def _run_history(states, embedding, gamma, rotate, normalize, past=None, total=N
     rows = max(1, min(32, 1024 // half))  # a whole row a program at D = 4096, 16 rows at D = 128
     _launch(
         _history_kernel, (triton.cdiv(count, rows),),
-        states.contiguous(), embedding.contiguous(), cos, sin, past, gradient, total, out,
+        states.contiguous(), embedding.contiguous(), past, gradient, total, out,
         count, len(states), width, (width + 1) // 2, vocabulary, float(gamma),
-        NORMALIZE=normalize, ROWS=rows, HALF=half, num_warps=8 if half >= 1024 else 4,
+        ROTATE=rotate, NORMALIZE=normalize, ROWS=rows, HALF=half,
+        num_warps=8 if half >= 1024 else 4,
     )  # fmt: skip
     return out
 
