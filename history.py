@@ -6,10 +6,10 @@ Equation 2 of "Multi-Turn Reflective Masking Elicits Reasoning in Mask Diffusion
     a(t) = sum_{k=0..t}  gamma^(t-k) * R_(k-t) * wte(x(k))     the closed sum: history_embedding
     a(t) = wte(x(t)) + gamma * R_(-1) * a(t-1)                 the same, O(1): HistoryReference
 
-R_delta rotates the pair of coordinates (j, j + D/2) by delta * 10000^(-2j/D) (History Embedding
-Rotation, HER), so R_a R_b = R_(a+b), and a state's age stays readable from the sum.  Four variants,
-one formula: gamma = 0 is RM without history; gamma = 1 without rotation "HR"; gamma < 1
-"decay"; with rotation "HER", the paper's full method.  kernels.py is what a GPU runs instead.
+R_delta rotates the pair of coordinates (j, j + D/2) by delta * 10000^(-2j/D), so R_a R_b = R_(a+b),
+and a token of another age adds another vector.  Four variants, one formula: "rm", gamma = 0, no
+history; "hr", gamma = 1, and "decay", gamma < 1, without rotation; "full", gamma < 1 with it
+(History Embedding Rotation, HER), the paper's method.  kernels.py is what a GPU runs instead.
 """
 
 import torch
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kernels
-from kernels import check_history, check_ids, require, use_triton  # ValueErrors, and which path
+from kernels import check_history, check_ids, require, use_triton  # input checks; which path runs
 
 ABSENT = -1  # a token id that stands for "no state yet": it adds nothing to the sum
 
@@ -30,14 +30,14 @@ def rotate_pairs(x: Tensor, delta: Tensor | float) -> Tensor:
     """
     width = x.shape[-1]
     require(width % 2 == 0, f"x must have an even last dimension, got shape {[*x.shape]}")
-    # Angles in float64: at age 1,000 a float32 angle has already lost four digits.
+    # Angles in float64: at age 1,000 a float32 angle is off by 3e-5, at age 1 by 3e-8.
     pair = torch.arange(0, width, 2, dtype=torch.float64, device=x.device)
     frequency = 10000.0 ** (-pair / width)
     angle = torch.as_tensor(delta, dtype=torch.float64, device=x.device) * frequency
-    return turn_pairs(x, angle.cos().to(x.dtype), angle.sin().to(x.dtype))
+    return rotate_by(x, angle.cos().to(x.dtype), angle.sin().to(x.dtype))
 
 
-def turn_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate_by(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x with its pairs (j, j + D/2) turned by the angles of these cosines and sines."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
@@ -60,11 +60,11 @@ def history_embedding(
     """Eq. 2 as the closed sum; differentiable in the embedding; what training uses.
 
     states: int64 [t+1, B, N], oldest first, the current state last; ABSENT (-1) where a sequence
-    has a shorter history.  embedding: float [V, D].  gamma in [0, 1] (the paper states none); 0
-    reads the current state alone.  rotate: HER.  normalize: the RMSNorm (eps 1e-6).  impl: "torch",
-    "triton" or None, which is triton on a GPU unless the vocabulary is small.  Returns [B, N, D] in
-    the embedding's dtype, summed in float32 or more.  ValueError: wrong shapes, gamma outside
-    [0, 1], odd D with rotate and, on CPU, ids the embedding lacks.
+    has a shorter history.  embedding: float [V, D].  gamma in [0, 1] (the paper states none; 0.9
+    misleads far beyond the turns trained on); 0 reads the current state alone.  rotate: HER.
+    normalize: the RMSNorm (eps 1e-6).  impl: "torch", "triton" or None, triton on a GPU unless the
+    vocabulary is small.  Returns [B, N, D] in the embedding's dtype, summed in float32 or more.
+    ValueError: wrong shapes, gamma outside [0, 1], odd D with rotate, on CPU unknown ids.
     """
     shape = [*states.shape]
     require(states.ndim == 3 and len(states) > 0, f"states must be [t+1, B, N], got {shape}")
@@ -96,12 +96,12 @@ def _small_vocabulary_sum(states: Tensor, embedding: Tensor, gamma: float, rotat
     times faster than T+1 lookups and their scattered gradients.
     """
     turns, vocabulary = len(states), len(embedding)
-    ages = torch.arange(turns - 1, -1, -1, device=states.device).view(-1, 1, 1)
+    ages = torch.arange(turns - 1, -1, -1, device=states.device).view(-1, 1, 1)  # t..0
     table = wide(embedding)  # [V, D]
     table = rotate_pairs(table, -ages) if rotate else table.expand(turns, -1, -1)
     table = (table * (gamma ** ages.double()).to(table.dtype)).flatten(0, 1)  # row k*V + v
 
-    row = states + vocabulary * ages.flip(0)
+    row = states + vocabulary * ages.flip(0)  # of x(k), k = 0..t
     row = torch.where(states == ABSENT, len(table), row).flatten(1).T  # ABSENT: a column of its own
     indicator = table.new_zeros(len(row), len(table) + 1).scatter_(1, row, 1)
     with torch.autocast(table.device.type, enabled=False):  # float32 whatever the caller set

@@ -10,8 +10,8 @@ Huang, Zhou, 2026, arXiv 2606.16700.  Part I is the method:
     5. MaskDiffusionTransformer        the network: input embeddings -> logits
     6. demo                            all of it on a toy:  python reflective_masking.py
 
-Part II is training and files for the scripts; Part I uses nothing of it, and copies out with
-history.py and kernels.py.  Shapes: B sequences, N positions, V vocabulary with MASK, D width.
+Part II is training and files for the scripts; Part I uses nothing of it: with history.py and
+kernels.py it is the whole method.  Shapes: B sequences, N positions, V tokens with MASK, D width.
 What differs from the paper: a role's loss is divided by the number of all editable positions, so
 that the three add up to the plain cross-entropy; Sudoku's attention has a bias for cells that share
 a row, column or box (TransformerConfig).
@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kernels
-from history import ABSENT, HistoryReference, history_embedding, turn_pairs, wide
+from history import ABSENT, HistoryReference, history_embedding, rotate_by, wide
 from kernels import check_decision, check_ids, check_logits, require, use_triton
 
 # ------------------------------------------------------------------------------------------------
@@ -45,12 +45,13 @@ def decide(
         x != M and p(M) <= p(x)     keep:    x
         x  = M                      reveal:  argmax over V without M
 
-    logits: float [B, N, V]; or, with head, the output weight [V, D] (and bias [V]), hidden states
-    [B, N, D], whose rows of logits are formed at masked positions only.  tokens: int64 [B, N].
+    logits: float [B, N, V]; or, if head (the output weight [V, D], with bias [V]) is given, hidden
+    states [B, N, D]: then only masked positions get rows of logits.  tokens: int64 [B, N].
     editable: bool [B, N] or [N]; elsewhere nothing changes.  reveal: at most that many reveals a
-    sequence (int, or int64 [B]), the most confident first; None: all.  allow_remask, allow_reveal
-    switch one kind off.  impl: "torch", "triton" or None, triton on a GPU.  Returns int64 [B, N].
-    Ties reveal the lowest id; NaN never re-masks and wins the argmax.  ValueError: wrong shapes.
+    sequence (int, or int64 [B]), the most confident first; None: all; re-masks are not limited.
+    allow_remask, allow_reveal switch one kind off.  impl: "torch", "triton" or None, triton on a
+    GPU.  Returns int64 [B, N].  Ties reveal the lowest id; NaN never re-masks and wins the argmax.
+    ValueError: wrong shapes.
     """
     editable = check_decision(logits, tokens, mask_id, editable, head, bias)
     if not allow_reveal:  # then no masked row need be read
@@ -127,7 +128,7 @@ def oracle_action(
     right = state == clean
     target = torch.where(masked | right, clean, mask_id)
     role = torch.where(masked, REVEAL, torch.where(right, KEEP, REMASK))
-    return target, role if editable is None else torch.where(editable, role, IGNORE)
+    return target, (role if editable is None else torch.where(editable, role, IGNORE))
 
 
 class RevisionLoss(NamedTuple):
@@ -146,12 +147,13 @@ def revision_loss(
     """The cross-entropy to the oracle action over the editable positions, split by role.
 
     A part is the sum over its role's positions divided by the number of positions with any role:
-    with weights (1, 1, 1) total is the plain mean; an empty role counts 0.  At the minimum a
-    visible position has all its mass on {x, M}, and p(x) is the probability that x is right, so
-    that Eq. 1 re-masks what is more likely wrong than right; at M it is the posterior.  logits:
-    float [..., V]; or, with head [V, D] (and bias [V]), hidden states [..., D]; on a GPU their
-    logits exist a block of rows at a time.  target, role: int64 [...] of oracle_action.  weights:
-    of reveal, re-mask, keep; unequal ones of the last two move p(x).  ValueError: wrong shapes.
+    with weights (1, 1, 1) total is the plain mean; a role without positions counts 0.  At the
+    minimum, on training states, a visible position has all its mass on {x, M}, and p(x) is the
+    probability that x is right, so that Eq. 1 re-masks what is more likely wrong; at a masked one p
+    is the posterior of x*.  logits: float [..., V]; or, if head [V, D] (with bias [V]) is given,
+    hidden states [..., D], whose logits a GPU forms a block of rows at a time.  target, role: int64
+    [...] of oracle_action.  weights: of reveal, re-mask, keep; unequal ones of the last two move
+    p(x).  ValueError: wrong shapes.
     """
     if use_triton(impl, logits):
         parts = kernels.revision_cross_entropy(logits, target, role, weights, head, bias)
@@ -220,11 +222,11 @@ def sample_trajectory(
     """Synthetic revisions x(0), ..., x(T): no rollouts, every position on its own clock.
 
     Each position that takes part starts wrong or masked; elsewhere the truth stands throughout.
-        wrong (probability p_wrong)   w until beta, M until mu, then x*;
+        wrong (probability p_wrong)   wrong before turn beta, M before mu, then x*;
                                       beta ~ U{1..T-1}, mu ~ U{beta+1..T}
-        mask                          M until mu, then x*;  mu ~ U{1..T}
-    clean: int64 [B, N], x*.  editable: bool [B, N], the positions that take part: all of E (the
-    paper) or some of it, so that x(0) holds right tokens too.  wrong: int64 [B, N].
+        mask                          M before mu, then x*;  mu ~ U{1..T}
+    clean: int64 [B, N], x*.  editable: bool [B, N], the positions that take part: all that may
+    change (the paper) or some, so that x(0) holds right tokens too.  wrong: int64 [B, N].
     p_wrong (0.5 is ours): a number, or a float tensor that broadcasts to [B, N].  Train on x(t),
     t ~ U{0..T-1}.  Returns int64 [T+1, B, N].  ValueError: wrong shapes.
     """
@@ -283,20 +285,20 @@ def revise(
     head: Tensor | None = None, bias: Tensor | None = None, impl: str | None = None,
     context: dict[str, Tensor] | None = None,
 ) -> Revision:  # fmt: skip
-    """Revises until nothing changes: every turn Eq. 2 (history), one forward pass, Eq. 1 (decide).
+    """Every turn Eq. 2 (history), one forward pass, Eq. 1 (decide), until one of the ends below.
 
     denoiser: any callable from input embeddings [B, N, D] to logits [B, N, V], the transformer
     below or lambda e: hf_model(inputs_embeds=e).logits; with head to hidden states [B, N, D].
     tokens: int64 [B, N], MASK where nothing stands yet.  history: it is reset first.  editable,
     reveal, head, bias, impl: as in decide.  rule: in place of Eq. 1, for baselines; rule(logits,
     tokens, mask_id, editable=, turn=, max_turns=) -> int64 [B, N], where turn counts from 1.
-    context: tensors with a row a sequence (an attention mask, say), for the denoiser as keywords;
+    context: tensors with one row per sequence (an attention mask, say), the denoiser's keywords;
     finished sequences leave the batch, and their rows of context too.  A sequence ends with
 
       FIXED_POINT   the turn changed nothing.  With history the memory still changes after that, so
                     a later turn might differ; it counts as settled, as in the released code.
-      CYCLE         a state came back `patience` times.  None: once without history (gamma 0),
-                    where the loop is then certain; three times with it, as the memory differs.
+      CYCLE         the new state equals `patience` earlier ones.  None: 1 at gamma 0, where Eq. 1
+                    then loops for ever; 3 with history, as the memory differs.
       OUT_OF_TURNS  max_turns forward passes were made.
 
     In its last turn every mask is revealed and nothing is re-masked, so no MASK is left.
@@ -313,8 +315,7 @@ def revise(
     locked = (tokens == mask_id) & ~editable
     require(not locked.any(), "tokens has MASK at a position that editable locks")
     context = context or {}
-    if patience is None:
-        patience = 3 if history.gamma else 1
+    patience = patience or (3 if history.gamma else 1)
 
     history.reset()
     states = [tokens.clone()]  # x(0), x(1), ... of the whole batch
@@ -323,20 +324,18 @@ def revise(
     running = torch.arange(len(tokens), device=tokens.device)  # rows of the batch still at work
     for turn in range(1, max_turns + 1):  # from x(turn - 1) to x(turn)
         logits = denoiser(history.push(tokens), **context)  # Eq. 2, then the network
-        fits = logits.shape[:2] == tokens.shape
-        wanted = f"denoiser must return [{len(tokens)}, {tokens.shape[1]}, ...]"
-        hint = "pass what has a row for each sequence, which leaves the batch with it, as context"
-        require(fits, f"{wanted}, got {[*logits.shape]}; {hint}")
-        nan = logits.amax(-1).isnan() & editable  # one read of all: little beside the network
+        got = f"denoiser returned {[*logits.shape]} for tokens {[*tokens.shape]}"
+        hint = "tensors with one row per sequence go into context, which shrinks with the batch"
+        require(logits.shape[:2] == tokens.shape, f"{got}; {hint}")
+        nan = logits.amax(-1).isnan() & editable  # reads every logit: cheap beside the network
         require(not nan.any(), f"denoiser returned NaN in turn {turn}")
-        how = {"editable": editable, "turn": turn, "max_turns": max_turns}
-        following = rule(logits, tokens, mask_id, **how)
+        following = rule(logits, tokens, mask_id, editable=editable, turn=turn, max_turns=max_turns)
 
         settled = (following == tokens).all(-1)
         past = torch.stack(states)[:, running]
         returned = (past == following).all(-1).sum(0) >= patience
         turns[running] = turn
-        status[running] = torch.where(settled, 0, torch.where(returned, 1, 2))
+        status[running] = torch.where(settled, 0, torch.where(returned, 1, 2))  # of STATUS
         going = ~settled & ~returned & (turn < max_turns)
         ending = ~going.unsqueeze(-1) & (following == mask_id)  # a sequence ends without MASK
         if ending.any():
@@ -405,7 +404,7 @@ class Block(nn.Module):
         query, key, value = projected  # [B, heads, N, D / heads] each
         if rotation is not None:
             cos, sin = rotation.to(query.dtype)
-            query, key = turn_pairs(query, cos, sin), turn_pairs(key, cos, sin)
+            query, key = rotate_by(query, cos, sin), rotate_by(key, cos, sin)
         # Written out: with a learned bias PyTorch's fused attention is slower on a CPU.
         score = query @ key.transpose(-1, -2) * (width // self.heads) ** -0.5
         if self.relation_bias is not None:
@@ -887,10 +886,7 @@ def write_json(path: Path | None, contents: dict | list) -> None:
 
 
 def read_lines(path: Path) -> list[tuple[int, str]]:
-    """(number, text) of the lines that are not blank; UTF-8, with or without BOM, any line ends.
-
-    Raises InputError when the file cannot be read or has no such line.
-    """
+    """(number, text) of the lines that are not blank; UTF-8, BOM or not.  InputError: none."""
     with naming(path, "cannot be read"):
         lines = path.read_text(encoding="utf-8-sig").split("\n")
         numbered = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]

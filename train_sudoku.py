@@ -1,5 +1,5 @@
-"""Task 1: Sudoku revision.  A solved 9x9 board has 4 to 20 cells replaced by wrong digits; which
-ones, nobody says.  The model re-masks what it doubts, reveals again, stops when nothing changes.
+"""Task 1: Sudoku revision.  A solved 9x9 board has 4 to 20 cells replaced by wrong digits, and the
+model is not told which.  It re-masks what it doubts, reveals again, stops when nothing changes.
 
     python train_sudoku.py                   train RM with history, evaluate, draw the curve
     python train_sudoku.py --variant all     every model of the table; resumes where it stopped
@@ -9,8 +9,8 @@ ones, nobody says.  The model re-masks what it doubts, reveals again, stops when
 
 Tokens: MASK is 0, a digit is itself.
 What differs from the paper: it states neither its training data nor its settings, so sample_starts
-and the constants are ours.  Beside Eq. 1 as it stands we decode with one reveal a turn, which sees
-the one before.  As in the paper any cell may be re-masked, except the clues of a puzzle.
+and the constants are ours.  Besides plain Eq. 1 we decode with one reveal a turn, so that each
+reveal reads the one before.  As in the paper any cell may be re-masked, but for a puzzle's clues.
 """
 
 import random
@@ -45,7 +45,7 @@ PAPER = {  # exact %, valid %, replay mistake %, conflict cells: its Sudoku tabl
     "full": (93.4, 93.6, 0.03, 0.236),
 }
 GAMMA = 0.5  # the paper states none; 30 turns at 0.9 mislead, as training shows 6 at most
-VARIANTS = {  # gamma, rotate: four settings of Eq. 2
+VARIANTS = {  # gamma, rotate of Eq. 2; the last two are baselines
     "rm": (0.0, False),
     "hr": (1.0, False),
     "decay": (GAMMA, False),
@@ -54,7 +54,7 @@ VARIANTS = {  # gamma, rotate: four settings of Eq. 2
     "direct": (0.0, False),  # RM's states, but the target is always the truth: no MASK action
 }
 TRAINING = {"batch_size": 64, "learning_rate": 2.5e-3}
-TEST_SEED = 1_000_000  # training boards use the seeds below
+TEST_SEED = 1_000_000  # training uses smaller seeds
 VALIDATION_SEED = 2_000_000
 
 # ------------------------------------------------------------------------------------------------
@@ -125,7 +125,7 @@ def random_puzzles(count: int, seed: int) -> Tensor:
 
 
 def add_clues(puzzle: Tensor, solution: Tensor, count: Tensor | int, generator) -> Tensor:
-    """With random further clues, up to count in all: int64 [B, 81] each.  count: int or [B, 1]."""
+    """The puzzles with random clues added, up to count (int or [B, 1]) in all: int64 [B, 81]."""
     first = torch.rand(puzzle.shape, generator=generator, device=puzzle.device)
     order = (first - (puzzle != MASK).float()).argsort(-1).argsort(-1)  # its own clues, then others
     return torch.where((order < count) | (puzzle != MASK), solution, MASK)
@@ -178,7 +178,7 @@ def is_valid(tokens: Tensor) -> Tensor:
 
 
 def replay_mistakes(trace: Tensor, clean: Tensor) -> tuple[int, int]:
-    """(cells re-masked while wrong, those of them that later got a digit re-masked there again).
+    """(cells re-masked while wrong, those that later got back a wrong digit taken from them).
 
     trace: int64 [turns + 1, B, 81].  clean: int64 [B, 81].  A cell counts once.
     """
@@ -201,9 +201,10 @@ def sample_starts(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What training revises: start, clean, int64 [B, 81], editable, bool [B, 81].
 
-    Half are boards with nothing locked, half puzzles with 60 clues at most, locked, of whose other
-    cells a share is filled.  Of the cells that stand and are not locked, up to half are wrong.
-    puzzles: random_puzzles, on the generator's device; each is shown under a random symmetry.
+    Half are boards, all editable, half puzzles with at most 60 locked clues; half of these start
+    empty, else a share of the rest is filled.  A filled editable cell is wrong with a probability
+    that each row draws from U(0, 0.5).  puzzles: random_puzzles, on the generator's device; each is
+    shown under a random symmetry.
     """
     device = generator.device
     uniform = partial(torch.rand, generator=generator, device=device)
@@ -298,10 +299,7 @@ def revise_boards(
     trained: tuple, start: Tensor, max_turns: int = 32, reveal: int | None = None,
     solve: bool = False, rule: Callable | None = None,
 ) -> rm.Revision:  # fmt: skip
-    """rm.revise of boards, int64 [B, 81], with its trace; solve locks their clues.
-
-    trained: (model, gamma, rotate).
-    """
+    """rm.revise of boards, int64 [B, 81].  trained: (model, gamma, rotate).  solve locks clues."""
     model, gamma, rotate = trained
     history = HistoryReference(model.embedding.detach(), gamma, rotate)
     start = start.to(model.embedding.device)
@@ -316,7 +314,7 @@ def revise_boards(
 def evaluate(trained: tuple, clean: Tensor, start: Tensor, max_turns: int = 32, **how) -> dict:
     """The four metrics of revising start towards clean, int64 [n, 81] both; shares as fractions.
 
-    how: of revise_boards.  right: a character a board, "1" where exact, for paired tests.
+    how: of revise_boards.  right: one character per board, "1" if exact, for paired tests.
     """
     began = time.perf_counter()
     results = []
@@ -421,7 +419,7 @@ def train_variant(
 
 
 def train_table(variant: str, out: Path, device: torch.device, seed: int, **plan) -> dict:
-    """Trains a variant, or "all"; prints their table, draws the curve of full, or the one."""
+    """Trains a variant, or "all"; prints the table; draws the curve of full, or of the one."""
     variants = [*VARIANTS] if variant == "all" else [variant]
     records = [train_variant(name, out, device, seed, **plan) for name in variants]
     if not rm.is_main_process():
@@ -594,8 +592,8 @@ def parse_options():
         help="boards at most (default 2000)")  # fmt: skip
     add("--corrupt", type=cells, nargs=2, default=(4, 20), metavar=("LOW", "HIGH"),
         modes=("evaluate",), help="wrong cells (default 4 20)")  # fmt: skip
-    add("--max-turns", type=count, help="forward passes (default 32; one a turn 100)")
-    add("--reveal", type=cells, help="most reveals a turn, surest first; 0: all (0; solving 1)")
+    add("--max-turns", type=count, help="forward passes (default 32; 100 with --reveal)")
+    add("--reveal", type=cells, help="most reveals a turn, surest first; 0: all (solving 1)")
     options.general("runs/sudoku", "of training; with --evaluate of the test boards",
                     ("train",), ("train", "evaluate"))  # fmt: skip
     mode_of = lambda args: next((mode for mode in used if mode in args.given), "train")

@@ -40,7 +40,7 @@ SPECIAL = ["_", "·", "¶"]  # how the terminal shows them
 VARIANTS = {"base": "base", "sft": "vanilla SFT", "rm": "RM", "history": "RM + history"}  # labels
 REVISING = ("rm", "history")
 GAMMA = 0.9  # of history; the paper does not state it
-LAWS = {"ours": (0.5, 0.5), "paper": (0.3, 0.0)}  # share that starts wrong, of rows in a reveal
+LAWS = {"ours": (0.5, 0.5), "paper": (0.3, 0.0)}  # wrong at x(0), rows in a reveal
 SIZE = (128, 4)  # width and layers of the network: 0.8 M parameters
 BATCH_SIZE = 32
 LEARNING_RATE = {"base": 2.5e-3, "sft": 4e-4, "rm": 4e-4, "history": 4e-4}
@@ -246,7 +246,7 @@ FINISHES = {  # words: the program around {e} and {test}
     "number of ": ["len([{e} for x in xs{test}])", "sum(1 for x in xs{test})"],
 }
 compiled = cache(partial(compile, filename="program", mode="eval"))
-SOLVES = {  # questions with several right results: whether numbers solve those of the prompt
+SOLVES = {  # questions with several right results: does one solve n, the prompt's numbers
     "x, y, z?": lambda n, x, y, z: (x + n[0]) * (y + n[1]) + z == n[2],
     "number?": lambda n, a: a > n[0] and a % n[2] == n[1],
     "red, blue?": lambda n, a, b: a * n[1] == (a + b) * n[0] and a + b > n[2],
@@ -268,7 +268,7 @@ TASKS = {  # task -> subject -> its template
 
 
 def generate(task: str, count: int, part: str, seed: int) -> list[Problem]:
-    """count problems, subjects in equal shares.  A prompt is in one part, and in a test once."""
+    """count problems, subjects in equal shares.  No prompt is in two parts, or in a test twice."""
     author = Author(f"{task} {part} {seed}")
     subjects = list(TASKS[task].items())
     problems = []
@@ -470,9 +470,9 @@ def sample_revision(
 
     The base reads the answer without the positions that start wrong and a random share of the
     others, so that a mistake fits what stands around it (ours; the paper masks all).  A quarter of
-    the rows starts empty, as decoding does.  Law "paper": an even draw from the base's TOP_K
-    without the truth.  A model trained on those alone trusts its own best guess; so "ours" draws
-    by the base's probabilities, truth included, and half its rows are of reveal_trajectory.
+    the rows starts empty, as decoding does.  Law "paper" draws evenly from the base's TOP_K, never
+    the truth; "ours" by the base's probabilities, truth included, and half its rows are of
+    reveal_trajectory, lest the model trust its own best guess.
     """
     uniform = partial(torch.rand, generator=generator, device=pool.device)
     corruption, reveals = LAWS[law]
@@ -481,7 +481,7 @@ def sample_revision(
     length = clean.shape[1] - start
 
     some = uniform(batch_size, 1) > 0.25
-    share = uniform(batch_size, 1) * some * 2 * corruption * 4 / 3  # over 1: all; mean 0.3, 0.47
+    share = uniform(batch_size, 1) * some * 2 * corruption * 4 / 3  # > 1: all; mean 0.47, paper 0.3
     starts_wrong = editable & (uniform(clean.shape) < share)
     share = uniform(batch_size, 1)
     probed = editable & (starts_wrong | (uniform(clean.shape) < share))
@@ -514,14 +514,14 @@ def reveal_trajectory(
     clean: Tensor, logits: Tensor, rank: Tensor, masks: Tensor, length: int,
     generator: torch.Generator, remember: int = 1,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Ours: a decoding up to one reveal that may go wrong, int64 [K, B, N], and where to stand.
+    """Ours: a decoding up to one reveal that may go wrong, int64 [K, B, N], and where rows stand.
 
-    In 1 to `remember` turns, as many in all rows, the answer is revealed, rightly, until
-    `masks` positions are left.  Then the base reveals the k it is surest of at once; in half of the
-    rows some others follow, right.  Then what is wrong is re-masked.  Where, int64 [B]: before the
-    base's reveal (a third), after it (half) or after the re-masking.  rank: int64 [B, N], below
-    `length` in the answer.  masks: int64 [B, 1].  logits: float [B, N, V] with -inf for MASK, the
-    base's on the answer whose `masks` positions of lowest rank are masked.  K is turns + 3.
+    In 1 to `remember` turns, as many in all rows, the truth is revealed until `masks` positions are
+    left.  Then the base reveals at once the k it is surest of; in half of the rows the truth
+    follows at some others.  Then what is wrong is re-masked.  Where, int64 [B], indexes x(t) in K:
+    before the base's reveal (a third), after it (half) or after the re-masking.  rank: int64
+    [B, N], below `length` in the answer.  masks: int64 [B, 1].  logits: float [B, N, V] with -inf
+    for MASK, the base's where the `masks` positions of lowest rank are masked.  K is turns + 3.
     """
     uniform = partial(torch.rand, generator=generator, device=clean.device)
     batch = len(clean)
@@ -541,8 +541,8 @@ def reveal_trajectory(
     draft = torch.where(at_once, best, torch.where(follows, clean, revealing[-1]))
     corrected = draft.masked_fill(draft != clean, MASK)
 
-    where = uniform(batch)  # a third, a half, a sixth of the rows
-    now = turns + (where > 1 / 3).long() + (where > 5 / 6).long()
+    draw = uniform(batch)  # a third, a half, a sixth of the rows
+    now = turns + (draw > 1 / 3).long() + (draw > 5 / 6).long()
     return torch.cat([revealing, draft.unsqueeze(0), corrected.unsqueeze(0)]), now
 
 
@@ -577,7 +577,7 @@ def decode(model: Model, info: dict, rows: Tensor, passes: int) -> Iterator[rm.R
 
 
 def evaluate(model: Model, info: dict, problems: list[Problem], passes: int) -> dict:
-    """Shares of right answers, of all and by subject; right: a character a prompt, "1" if right."""
+    """Shares of right answers, of all and by subject; right: one character per prompt."""
     tokenizer = Tokenizer(**info["tokenizer"])
     answers = []
     for result in decode(model, info, tokenizer.rows(problems), passes):
@@ -765,7 +765,8 @@ def parse_arguments():
     add("--checkpoint", type=Path, default=SHIPPED, modes=modes, help="default: the shipped one")
     add("--n", type=positive, default=1050, modes=train + evaluate, help="test problems (1050)")
     add("--passes", type=positive, nargs="+", help="at most (default N/16 to 2N; with --ask N)")
-    options.general("runs/text", "of training, of test problems 1;", train, (*train, "--evaluate"))
+    seed = "with --evaluate of test problems (1), else of training"
+    options.general("runs/text", seed, train, (*train, "--evaluate"))
 
     def mode_of(args) -> str:
         mode = next((mode for mode in ("ask", "evaluate", "data") if mode in args.given), "task")
