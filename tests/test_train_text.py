@@ -486,7 +486,7 @@ def test_a_handful_of_problems_is_learned_to_the_last(tmp_path, monkeypatch):
     problems = [text.Problem(*pair, "all") for pair in texts]
     tokenizer = text.Tokenizer.of(problems, problems, False)
     data = text.Data("few", problems, problems, problems, tokenizer)
-    how = {"base_steps": 60, "steps": 60, "size": (32, 1), "passes": [7]}
+    how = {"base_steps": 160, "steps": 160, "size": (32, 1), "passes": [7]}
     result = text.train_all(data, tmp_path, torch.device("cpu"), **how)
     for variant in ("sft", "rm"):
         assert result["scores"][variant][0]["accuracy"] == 1, variant
