@@ -57,6 +57,11 @@ def require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def check_floating(name: str, x: Tensor) -> None:
+    fits = x.is_floating_point() and x.dtype.itemsize >= 2 and x.ndim >= 1
+    require(fits, f"{name} must be floating point of an axis or more, got {x.dtype} {[*x.shape]}")
+
+
 def check_tensor(name: str, x: Tensor, shape: tuple, dtype: torch.dtype, device: torch.device):
     fits = [*x.shape] == [*shape] and (x.dtype, x.device) == (dtype, device)
     got = f"{[*x.shape]}, {x.dtype} on {x.device}"
@@ -81,8 +86,7 @@ def check_ids(
 
 def check_logits(x: Tensor, head: Tensor | None, bias: Tensor | None) -> int:
     """V.  x: logits [..., V]; or, with the output weight head [V, D], hidden states [..., D]."""
-    name = "logits" if head is None else "hidden"
-    require(x.is_floating_point(), f"{name} must be floating point, got {x.dtype}")
+    check_floating("logits" if head is None else "hidden", x)
     require(head is not None or bias is None, "bias needs head")
     if head is None:
         return x.shape[-1]
@@ -112,7 +116,7 @@ def check_decision(
 
 def check_history(embedding: Tensor, gamma: float, rotate: bool) -> None:
     """An embedding weight [V, D], gamma in [0, 1], an even D where rotate is on."""
-    require(embedding.is_floating_point(), f"embedding must be floating, got {embedding.dtype}")
+    check_floating("embedding", embedding)
     shape = [*embedding.shape]
     require(len(shape) == 2 and min(shape) > 0, f"embedding must be a weight [V, D], got {shape}")
     require(0 <= gamma <= 1, f"gamma must lie in [0, 1], got {gamma}")

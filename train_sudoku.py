@@ -592,8 +592,8 @@ def parse_options():
         help="boards at most (default 2000)")  # fmt: skip
     add("--corrupt", type=cells, nargs=2, default=(4, 20), metavar=("LOW", "HIGH"),
         modes=("evaluate",), help="wrong cells (default 4 20)")  # fmt: skip
-    add("--max-turns", type=count, help="forward passes (default 32; 100 with --reveal)")
-    add("--reveal", type=cells, help="most reveals a turn, surest first; 0: all (solving 1)")
+    add("--max-turns", type=count, help="forward passes (default 32; --reveal, solving: 100)")
+    add("--reveal", type=cells, help="reveals a turn, surest first; 0: all (default; solving 1)")
     options.general("runs/sudoku", "of training; with --evaluate of the test boards",
                     ("train",), ("train", "evaluate"))  # fmt: skip
     mode_of = lambda args: next((mode for mode in used if mode in args.given), "train")

@@ -489,6 +489,8 @@ def test_bad_arguments_to_decide():
     bias = torch.zeros(5, device=DEVICE)
     cases = [
         (decide_from_logits, (logits.long(), tokens, 0), "logits"),
+        (decide_from_logits, (logits.to(torch.float8_e5m2), tokens, 0), "logits"),
+        (decide_from_logits, (logits[0, 0, 0], tokens, 0), "logits"),
         (decide_from_logits, (logits[..., :1], tokens, 0), "logits"),
         (decide_from_logits, (logits, tokens[:1], 0), "tokens"),
         (decide_from_logits, (logits, tokens.float(), 0), "tokens"),
@@ -658,6 +660,7 @@ def test_bad_arguments_to_history():
         (history_step, (None, tokens, embedding[:, :3]), "embedding"),  # odd D
         (history_step, (None, tokens, embedding[0]), "embedding"),
         (history_step, (None, tokens, embedding.long()), "embedding"),
+        (history_step, (None, tokens, embedding.to(torch.float8_e5m2)), "embedding"),
         (history_step, (None, tokens, embedding.double()), "impl"),
         (history_step, (None, tokens.float(), embedding), "tokens"),
         (history_step, (None, tokens, embedding, 1.5), "gamma"),
