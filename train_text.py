@@ -3,7 +3,7 @@
     python train_text.py                             base, SFT and RM on --task code: half an hour
     python train_text.py --task all --history        math, code and choice in turn; RM + history too
     python train_text.py --evaluate                  score the shipped checkpoint
-    python train_text.py --ask "number of x over 3|7 4:2|8 6:2" --passes 9      watch it revise
+    python train_text.py --ask "number of x over 3|7 4:2|8 6:2" --passes 12      watch it revise
     python train_text.py --data TRAIN.jsonl --test TEST.jsonl   lines {"prompt": ..., "answer": ...}
 
 A base learns plain mask diffusion; from it come vanilla SFT and RM, with the same data and steps.
@@ -550,10 +550,16 @@ def reveal_trajectory(
 # Decoding and scores
 
 
-def low_confidence(logits, tokens, mask_id, editable, turn: int, max_turns: int) -> Tensor:
-    """LLaDA's rule for rm.revise: the most confident masks, spread evenly over the turns left."""
-    count = -(-(tokens == mask_id).sum(-1) // (max_turns + 1 - turn))  # rounded up
-    return rm.decide(logits, tokens, mask_id, editable, count, allow_remask=False)
+def even_pace(
+    logits, tokens, mask_id, editable, turn: int, max_turns: int, haste: float, allow_remask: bool
+) -> Tensor:
+    """A rule of rm.revise: the most confident masks, spread over the first max_turns / haste turns.
+
+    At haste 1 without re-masking it is LLaDA's low-confidence decoding.
+    """
+    turns_left = max(1, math.ceil(max_turns / haste) + 1 - turn)
+    count = -(-(tokens == mask_id).sum(-1) // turns_left)  # rounded up
+    return rm.decide(logits, tokens, mask_id, editable, count, allow_remask=allow_remask)
 
 
 def decode(model: Model, info: dict, rows: Tensor, passes: int) -> Iterator[rm.Revision]:
@@ -565,15 +571,15 @@ def decode(model: Model, info: dict, rows: Tensor, passes: int) -> Iterator[rm.R
     length = info["tokenizer"]["answer_length"]
     device = model.embedding.device
     editable = torch.arange(rows.shape[1], device=device) >= rows.shape[1] - length
-    how = {"rule": low_confidence}
-    if info["variant"] in REVISING:
-        chosen = [haste for count, haste in info["haste"] if count <= passes]
-        how = {"reveal": math.ceil((chosen or HASTES)[-1] * length / passes)}
+    revising = info["variant"] in REVISING
+    chosen = [haste for count, haste in info["haste"] if count <= passes]
+    haste = (chosen or HASTES)[-1] if revising else 1
+    rule = partial(even_pace, haste=haste, allow_remask=revising)
 
     denoiser = rm.mixed_precision(device)(model)
     for part in rows.to(device).split(256):
         history = HistoryReference(model.embedding.detach(), info["gamma"], info["rotate"])
-        yield rm.revise(denoiser, part, MASK, history, passes, editable, trace=True, **how)
+        yield rm.revise(denoiser, part, MASK, history, passes, editable, trace=True, rule=rule)
 
 
 def evaluate(model: Model, info: dict, problems: list[Problem], passes: int) -> dict:

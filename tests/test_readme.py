@@ -1,4 +1,4 @@
-"""The pages keep their promises: the recipe runs as printed, files and numbers are where they say."""
+"""The pages keep their promises: the recipe runs as printed; files and numbers are there."""
 
 import json
 import re

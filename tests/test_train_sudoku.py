@@ -256,7 +256,8 @@ def test_remask_least_confident_follows_its_schedule_and_respects_locks():
     free = torch.ones(4, 81, dtype=torch.bool)
     states = [tokens]
     for turn in range(1, 11):
-        states.append(sudoku.remask_least_confident(logits, states[-1], sudoku.MASK, free, turn, 10))
+        now = sudoku.remask_least_confident(logits, states[-1], sudoku.MASK, free, turn, 10)
+        states.append(now)
     masked = [(state == sudoku.MASK).sum(-1).tolist() for state in states[1:]]
     assert masked == [[n] * 4 for n in (18, 0, 14, 0, 10, 0, 6, 0, 2, 0)]
     p = logits[..., 1:].softmax(-1).gather(-1, tokens.unsqueeze(-1) - 1).squeeze(-1)
