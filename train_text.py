@@ -40,7 +40,7 @@ SPECIAL = ["_", "·", "¶"]  # how the terminal shows them
 VARIANTS = {"base": "base", "sft": "vanilla SFT", "rm": "RM", "history": "RM + history"}  # labels
 REVISING = ("rm", "history")
 GAMMA = 0.9  # of history; the paper does not state it
-LAWS = {"ours": (0.5, 0.5), "paper": (0.3, 0.0)}  # shares: wrong at x(0), rows in a reveal
+LAWS = {"ours": (0.5, 0.9), "paper": (0.3, 0.0)}  # shares: wrong at x(0), rows in a reveal
 SIZE = (128, 4)  # width and layers of the network: 0.8 M parameters
 BATCH_SIZE = 32
 LEARNING_RATE = {"base": 2.5e-3, "sft": 4e-4, "rm": 4e-4, "history": 4e-4}
@@ -471,8 +471,8 @@ def sample_revision(
     The base reads the answer without the positions that start wrong and a random share of the
     others, so that a mistake fits what stands around it (ours; the paper masks all).  A quarter of
     the rows starts empty, as decoding does.  Law "paper" draws evenly from the base's TOP_K, never
-    the truth; "ours" by the base's probabilities, truth included, and half its rows are of
-    reveal_trajectory, lest the model trust its own best guess.
+    the truth; "ours" by the base's probabilities, truth included, and nine tenths of its rows are
+    of reveal_trajectory, lest the model trust its own best guess.
     """
     uniform = partial(torch.rand, generator=generator, device=pool.device)
     corruption, reveals = LAWS[law]
