@@ -418,7 +418,7 @@ def test_revision_repairs_what_low_confidence_decoding_leaves_wrong():
     clean = tokenizer.rows(problems, answers=True)
     for variant, right in (("rm", 1), ("sft", 0)):
         model = Scripted(clean, len(tokenizer.shown), tokenizer.prompt_length)
-        score = text.evaluate(model, info_of(tokenizer, variant), problems, 6)
+        score = text.evaluate(model, info_of(tokenizer, variant, haste=[(1, 3)]), problems, 9)
         assert score["accuracy"] == right and score["right"].pop("all") == str(right) * 4
         assert score["right"] == {p.subject: str(right) for p in problems}
 
@@ -465,11 +465,14 @@ def test_haste_is_looked_up_by_passes():
     n, start = tokenizer.answer_length, tokenizer.prompt_length
     rows = pool[:4].index_fill(1, torch.arange(start, start + n), text.MASK)
     model = small_model(tokenizer)
-    info = info_of(tokenizer, "rm", haste=[(n // 4, 2.0), (n // 2, 1.5), (n, 1.0)])
-    for passes, haste in ((n // 4, 2), (n // 3, 2), (n // 2, 1.5), (n, 1), (2 * n, 1)):
-        (result,) = text.decode(model, info, rows, passes)
-        reveals = ((result.trace[0] == text.MASK) & (result.trace[1] != text.MASK)).sum(-1)
-        assert (reveals == math.ceil(n / math.ceil(passes / haste))).all()
+    for variant in ("rm", "sft"):
+        info = info_of(tokenizer, variant, haste=[(n // 4, 2), (n // 2, 1.5), (n, 1)])
+        for passes, haste in ((n // 5, 1), (n // 3, 2), (n // 2, 1.5), (n, 1), (2 * n, 1)):
+            (result,) = text.decode(model, info, rows, passes)
+            masks = (result.trace == text.MASK).sum(-1)
+            for turn in range(len(masks) - 1 if variant == "sft" else 1):  # Eq. 1 adds masks later
+                share = Fraction(haste) * masks[turn, 0].item() / (passes - turn)
+                assert (masks[turn] - masks[turn + 1] == math.ceil(share)).all()
 
 
 def test_passes_to_score_are_shares_of_the_answers_length(monkeypatch):
@@ -744,6 +747,6 @@ def test_bad_input_ends_with_exit_code_2_and_one_line(tmp_path):
 def test_the_shipped_model_answers(monkeypatch, capsys):
     path = ROOT / "checkpoints/text_rm.pt"
     assert path.stat().st_size <= 4 * 2**20
-    given = ("--ask", "number of x over 3|7 4:2|8 6:2", "--passes", "12")
+    given = ("--ask", "number of x over 3|7 4:2|8 6:2", "--passes", "9")
     shown = in_process(monkeypatch, capsys, *given)
     assert "len([x for x in xs if x>3])\nfixed point after 9 forward passes" in shown
