@@ -603,12 +603,12 @@ def evaluate(model: Model, info: dict, problems: list[Problem], passes: int) -> 
 def evaluate_all(
     model: Model, info: dict, test: list[Problem], passes: list[int] | None, validation: list = ()
 ) -> list[dict]:
-    """A score for each number of forward passes: those given, or N/16 to 2N of the answer length N.
+    """A score for each number of forward passes: those given, or N/16 to N of the answer length N.
 
     validation: problems; first the one of HASTES that gets most of them right goes into info.
     """
     length = info["tokenizer"]["answer_length"]
-    usual = {max(1, round(length * 2**power)) for power in range(-4, 2)}
+    usual = {max(1, round(length * 2**power)) for power in range(-4, 1)}
     scores = []
     for count in sorted(passes or usual):
         if validation:
@@ -767,7 +767,7 @@ def parse_arguments():
     modes = (*evaluate, "--ask")
     add("--checkpoint", type=Path, default=SHIPPED, modes=modes, help="default: the shipped one")
     add("--n", type=positive, default=1050, modes=train + evaluate, help="test problems (1050)")
-    add("--passes", type=positive, nargs="+", help="at most (default N/16 to 2N; with --ask N)")
+    add("--passes", type=positive, nargs="+", help="at most (default N/16 to N; with --ask N)")
     seed = "with --evaluate of test problems (1), else of training"
     options.general("runs/text", seed, train, (*train, "--evaluate"))
 
