@@ -293,9 +293,9 @@ class Data(NamedTuple):
     tokenizer: Tokenizer
 
 
-def generated_data(task: str, pool: int, n: int, seed: int = 0) -> Data:
-    """pool problems to train on, n to test on; seed is of the training problems."""
-    train = generate(task, pool, "train", seed)
+def generated_data(task: str, pool: int, n: int) -> Data:
+    """pool problems to train on, n to test on; the same for every seed of training."""
+    train = generate(task, pool, "train", 0)
     held_out = generate(task, min(n, VALIDATION), "validation", TEST_SEED)
     test = generate(task, n, "test", TEST_SEED)
     everything = train + held_out + test
@@ -651,7 +651,7 @@ def train_variant(
     model = Model(config).to(pool.device)
     base = None
     if variant != "base":
-        base, _ = rm.load_checkpoint(out / f"{data.name}_base_seed{seed}.pt", "text", pool.device)
+        base, _ = rm.load_checkpoint(out / f"{data.name}_base_seed0.pt", "text", pool.device)
         model.load_state_dict(base.state_dict())
     settings = {
         "data": rm.fingerprint(pool, *data.tokenizer.symbols),
@@ -696,15 +696,21 @@ def train_variant(
 
 def train_all(
     data: Data, out: Path, device: torch.device, base_steps: int, steps: int,
-    history: bool = False, size: tuple[int, int] = SIZE, **options,
+    history: bool = False, size: tuple[int, int] = SIZE, seed: int = 0, **options,
 ) -> dict:  # fmt: skip
-    """Every variant, then table and figure.  size: width, layers.  options: of train_variant."""
+    """Every variant, then table and figure.  size: width, layers.  options: of train_variant.
+
+    seed: of what follows the base, whose own is 0, so that several seeds share it in one folder.
+    """
     check_test(data.tokenizer, data.test)
     pool = data.tokenizer.rows(data.train, answers=True).to(device)
     shape = (len(data.tokenizer.shown), pool.shape[1], *size)
     config = TransformerConfig(*shape, feed_forward=4 * size[0], positions="both")
     plan = {"base": base_steps} | dict.fromkeys(["sft", "rm"] + ["history"] * history, steps)
-    records = {v: train_variant(v, config, data, pool, n, out, **options) for v, n in plan.items()}
+    records = {}
+    for variant, count in plan.items():
+        options["seed"] = 0 if variant == "base" else seed
+        records[variant] = train_variant(variant, config, data, pool, count, out, **options)
     if not rm.is_main_process():
         return {}
 
@@ -712,7 +718,7 @@ def train_all(
     lines = {}
     for variant, rows in result["scores"].items():
         lines[VARIANTS[variant]] = [(row["passes"], row["accuracy"], row["ci95"]) for row in rows]
-    path = out / f"text_{data.name}.png"
+    path = out / f"text_{data.name}_seed{seed}.png"
     rm.draw_lines(path, lines, "forward passes", "right answers, %", log=True)
     rm.write_json(path.with_suffix(".json"), result)
     return result
@@ -768,7 +774,7 @@ def parse_arguments():
     add("--checkpoint", type=Path, default=SHIPPED, modes=modes, help="default: the shipped one")
     add("--n", type=positive, default=1050, modes=train + evaluate, help="test problems (1050)")
     add("--passes", type=positive, nargs="+", help="at most (default N/16 to N; with --ask N)")
-    seed = "with --evaluate of test problems (1), else of training"
+    seed = "with --evaluate of test problems (1), else of what follows the base"
     options.general("runs/text", seed, train, (*train, "--evaluate"))
 
     def mode_of(args) -> str:
@@ -797,7 +803,7 @@ def main() -> None:
         result = train(own_data(args.data.stem, *found, args.words))
     elif args.mode == "--task":
         tasks = TASKS if args.task == "all" else [args.task]
-        result = {task: train(generated_data(task, args.pool, args.n, args.seed)) for task in tasks}
+        result = {task: train(generated_data(task, args.pool, args.n)) for task in tasks}
     else:
         result = use_checkpoint(args, read, device)
     rm.write_json(args.json, result)
