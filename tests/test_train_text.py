@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 
 import reflective_masking as rm
+import study_text
 import train_text as text
 from history import ABSENT
 
@@ -551,6 +552,31 @@ def test_finished_variants_are_kept_and_other_settings_refused(smoke, monkeypatc
     for name, value in (("data", ("--pool", "150")), ("test", ("--n", "7"))):
         with pytest.raises(text.InputError, match=name):  # other problems, the same folder
             in_process(monkeypatch, capsys, *common, *value)
+
+
+def test_the_study_of_seeds_pairs_each_seed_with_its_own_sft():
+    row = lambda ones: {"passes": 4, "accuracy": ones.count("1") / 4, "right": {"all": ones}}
+    ours, theirs = [row("1110"), row("1100")], [row("1000"), row("0001")]
+    found = study_text.mean_difference(ours, theirs)
+    assert found["seeds"] == [0.5, 0.25] and found["difference"] == 0.375
+    assert study_text.mean_of(ours)["accuracy"] == 0.625
+
+
+def test_the_study_of_one_seed_is_its_report(smoke, monkeypatch, tmp_path):
+    report = smoke / "text_math_seed0.json"
+    given = ["study_text.py", "math", str(report), "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", given)
+    study_text.main()
+    record = json.loads((tmp_path / "text_math.json").read_text())
+    wanted = json.loads(report.read_text())
+    assert [row["seeds"] for row in record["mean"]["rm"]] == [
+        [row["accuracy"]] for row in wanted["scores"]["rm"]
+    ]
+    found = record["minus_sft"]["rm"][-1]
+    paired = wanted["minus_sft"]["rm"][-1]
+    assert found["ci95"] == paired["all"]["ci95"]
+    assert found["subjects"]["geometry"]["difference"] == paired["geometry"]["difference"]
+    assert (tmp_path / "text_math.png").exists()
 
 
 @pytest.mark.parametrize("given", [("--law", "paper"), ("--seed", 1)])

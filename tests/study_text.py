@@ -1,0 +1,91 @@
+"""Several seeds of train_text.py in one record and one figure, for results/README.md's Text page.
+
+    python tests/study_text.py code runs/code/text_code_seed?.json
+
+Writes results/text_<task>.json and .png.  The seeds share base, data and test prompts.  A prompt's
+score is its mean over the seeds; intervals are the (paired) bootstrap over prompts.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import reflective_masking as rm
+from train_text import VARIANTS
+
+KEPT = "steps minutes params haste provenance".split()  # of a variant's record
+
+
+def mean_of(rows: list[dict]) -> dict:
+    """One variant at one number of passes.  rows: a seed each."""
+    right = [[*map(int, row["right"]["all"])] for row in rows]
+    values = [sum(seeds) / len(seeds) for seeds in zip(*right)]  # a prompt each
+    mean = {"passes": rows[0]["passes"], "accuracy": sum(values) / len(values)}
+    seeds = [row["accuracy"] for row in rows]
+    return {**mean, "ci95": rm.bootstrap_interval(values), "seeds": seeds}
+
+
+def mean_difference(ours: list[dict], theirs: list[dict]) -> dict:
+    """The paired difference of two variants at one number of passes, of all and by subject."""
+    found = {"passes": ours[0]["passes"], "subjects": {}}
+    for subject in ours[0]["right"]:
+        pairs = [zip(a["right"][subject], b["right"][subject]) for a, b in zip(ours, theirs)]
+        each = [[int(a) - int(b) for a, b in pair] for pair in pairs]  # [seeds][prompts]
+        values = [sum(seeds) / len(seeds) for seeds in zip(*each)]
+        found["subjects"][subject] = {
+            "difference": sum(values) / len(values),
+            "ci95": rm.bootstrap_interval(values),
+            "seeds": [sum(seed) / len(seed) for seed in each],
+        }
+    return found | found["subjects"].pop("all")
+
+
+def collect(reports: list[dict]) -> dict:
+    """The record of results/: base, each seed's scores, their means, the runs themselves."""
+    scores = [report["scores"] for report in reports]
+    variants = [variant for variant in scores[0] if variant != "base"]
+    by_passes = {v: list(zip(*(score[v] for score in scores))) for v in variants}
+    runs = []
+    for report in reports:
+        kept = {v: {key: r[key] for key in KEPT} for v, r in report["records"].items()}
+        runs.append({"scores": {v: report["scores"][v] for v in variants}, "records": kept})
+    minus_sft = {}
+    for variant in variants[1:]:
+        pairs = zip(by_passes[variant], by_passes["sft"])
+        minus_sft[variant] = [mean_difference(ours, sft) for ours, sft in pairs]
+    return {
+        "base": scores[0]["base"],
+        "mean": {v: [mean_of(rows) for rows in by_passes[v]] for v in variants},
+        "minus_sft": minus_sft,
+        "seeds": runs,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("task")
+    parser.add_argument("reports", type=Path, nargs="+", help="text_<task>_seed<n>.json")
+    parser.add_argument("--out", type=Path, default=ROOT / "results")
+    args = parser.parse_args()
+    record = collect([json.loads(path.read_text()) for path in args.reports])
+    path = args.out / f"text_{args.task}.json"
+    if path.exists():  # what else was measured stays
+        record = json.loads(path.read_text()) | record
+    rm.write_json(path, record)
+    lines = {}
+    for variant, rows in {"base": record["base"], **record["mean"]}.items():
+        lines[VARIANTS[variant]] = [(row["passes"], row["accuracy"], row["ci95"]) for row in rows]
+    xlabel, ylabel = "forward passes", "right answers, %"
+    rm.draw_lines(path.with_suffix(".png"), lines, xlabel, ylabel, log=True)
+    for variant, rows in record["minus_sft"].items():
+        for row in rows:
+            told = "{difference:+.1%} ({ci95[0]:+.1%} to {ci95[1]:+.1%})".format(**row)
+            print(f"{VARIANTS[variant]} minus SFT at {row['passes']} passes: {told}")
+
+
+if __name__ == "__main__":
+    main()
