@@ -781,4 +781,6 @@ def test_the_shipped_model_answers(monkeypatch, capsys):
     assert path.stat().st_size <= 4 * 2**20
     given = ("--ask", "number of x over 3|7 4:2|8 6:2", "--passes", "9")
     shown = in_process(monkeypatch, capsys, *given)
-    assert "len([x for x in xs if x>3])\nfixed point after 9 forward passes" in shown
+    *_, answer, ending = shown.splitlines()
+    assert answer in ("len([x for x in xs if 3<x])", "len([x for x in xs if x>3])")
+    assert "(_)" in shown and ending.endswith("after 9 forward passes")  # it took something back
