@@ -470,8 +470,8 @@ def sample_revision(
     The base reads the answer without the positions that start wrong and a random share of the
     others, so that a mistake fits what stands around it (ours; the paper masks all).  A quarter of
     the rows starts empty, as decoding does.  Law "paper" draws evenly from the base's TOP_K, never
-    the truth; "ours" by the base's probabilities, truth included, and three quarters of its rows are
-    of reveal_trajectory, lest the model trust its own best guess.
+    the truth; "ours" by the base's probabilities, truth included, and three quarters of its rows
+    are of reveal_trajectory, lest the model trust its own best guess.
     """
     uniform = partial(torch.rand, generator=generator, device=pool.device)
     corruption, reveals = LAWS[law]
