@@ -39,7 +39,7 @@ SPECIAL = ["_", "·", "¶"]  # how the terminal shows them
 VARIANTS = {"base": "base", "sft": "vanilla SFT", "rm": "RM", "history": "RM + history"}  # labels
 REVISING = ("rm", "history")
 GAMMA = 0.5  # of history; the paper states none, and 0.9 misleads in Sudoku
-LAWS = {"ours": (0.5, 0.75), "paper": (0.3, 0.0)}  # shares: wrong at x(0), rows in a reveal
+LAWS = {"ours": (0.5, 0.75), "paper": (0.3, 0.0)}  # shares: proposed at x(0), rows in a reveal
 SIZE = (128, 4)  # width and layers of the network: 0.8 M parameters
 BATCH_SIZE = 32
 LEARNING_RATE = {"base": 2.5e-3, "sft": 4e-4, "rm": 4e-4, "history": 4e-4}
@@ -121,7 +121,7 @@ class Tokenizer:
 
 
 class Author(random.Random):
-    """A method draws a problem and one of its right answers: prompt, steps in math, result."""
+    """Each template returns a prompt, in math the steps of a right answer, and the result."""
 
     def draw(self, *bounds: tuple[int, int]) -> list[int]:
         return [self.randint(*pair) for pair in bounds]
@@ -467,11 +467,11 @@ def sample_revision(
 ) -> rm.Batch:  # fmt: skip
     """Synthetic revisions of the answer; what is wrong was proposed by the frozen base.
 
-    The base reads the answer without the positions that start wrong and a random share of the
-    others, so that a mistake fits what stands around it (ours; the paper masks all).  A quarter of
-    the rows starts empty, as decoding does.  Law "paper" draws evenly from the base's TOP_K, never
-    the truth; "ours" by the base's probabilities, truth included, and three quarters of its rows
-    are of reveal_trajectory, lest the model trust its own best guess.
+    Law "ours": three quarters of the rows are of reveal_trajectory, a decoding whose reveals may go
+    wrong.  In the others many tokens were proposed, from the base's TOP_K by its probabilities,
+    truth included.  It read the answer without these and a random share of the rest, so that a
+    mistake fits what stands around it (ours; the paper masks all).  A quarter starts empty.
+    Law "paper": all rows are of the second kind, and TOP_K is drawn from evenly, never the truth.
     """
     uniform = partial(torch.rand, generator=generator, device=pool.device)
     corruption, reveals = LAWS[law]
@@ -513,14 +513,14 @@ def reveal_trajectory(
     clean: Tensor, logits: Tensor, rank: Tensor, masks: Tensor, length: int,
     generator: torch.Generator, remember: int = 1,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Ours: a decoding up to one reveal that may go wrong, int64 [K, B, N], and where rows stand.
+    """Ours: a decoding up to a reveal that may go wrong, int64 [K, B, L], and a turn t of each.
 
     In 1 to `remember` turns, as many in all rows, the truth is revealed until `masks` positions are
     left.  Then the base reveals at once the k it is surest of; in half of the rows the truth
-    follows at some others.  Then what is wrong is re-masked.  Where, int64 [B], indexes x(t) in K:
-    before the base's reveal (a third), after it (half) or after the re-masking.  rank: int64
-    [B, N], below `length` in the answer.  masks: int64 [B, 1].  logits: float [B, N, V] with -inf
-    for MASK, the base's where the `masks` positions of lowest rank are masked.  K is turns + 3.
+    follows at some others.  Then what is wrong is re-masked.  t, int64 [B], is the turn before the
+    base's reveal (a third of the rows), after it (half) or after the re-masking.  L is prompt +
+    answer.  rank: int64 [B, L], below `length` in the answer.  masks: int64 [B, 1].  logits: float
+    [B, L, V] with -inf for MASK, the base's where the `masks` positions of lowest rank are masked.
     """
     uniform = partial(torch.rand, generator=generator, device=clean.device)
     batch = len(clean)
@@ -565,7 +565,8 @@ def reveal_at_pace(
 def decode(model: Model, info: dict, rows: Tensor, passes: int) -> Iterator[rm.Revision]:
     """Answers Tokenizer.rows in at most `passes` forward passes; a Revision for every 256 rows.
 
-    All variants reveal by reveal_at_pace with the haste of info; rm and history re-mask by Eq. 1.
+    All variants reveal by reveal_at_pace; rm and history re-mask by Eq. 1.  The haste is the one
+    chosen for the largest scored number of passes that is not above `passes`, else 1.
     """
     length = info["tokenizer"]["answer_length"]
     device = model.embedding.device
@@ -575,7 +576,7 @@ def decode(model: Model, info: dict, rows: Tensor, passes: int) -> Iterator[rm.R
 
     denoiser = rm.mixed_precision(device)(model)
     for part in rows.to(device).split(256):
-        history = HistoryReference(model.embedding.detach(), info["gamma"], info["rotate"])
+        history = HistoryReference(model.embedding.detach(), info["gamma"])
         yield rm.revise(denoiser, part, MASK, history, passes, editable, trace=True, rule=rule)
 
 
@@ -646,7 +647,10 @@ def train_variant(
     variant: str, config: TransformerConfig, data: Data, pool: Tensor, steps: int, out: Path,
     passes: list[int] | None = None, law: str = "ours", compile: bool = False, seed: int = 0,
 ) -> dict:  # fmt: skip
-    """Trains, or goes on, and scores a variant, or reads its record; all others start from base."""
+    """Trains a variant, going on if interrupted, and scores it; or returns its finished record.
+
+    The base comes first; SFT and RM start from it.
+    """
     torch.manual_seed(seed)
     model = Model(config).to(pool.device)
     base = None
@@ -659,7 +663,7 @@ def train_variant(
         "start": rm.fingerprint(*model.state_dict().values()),
         "steps": steps,
         "passes": passes,
-        "law": law if variant in REVISING else None,
+        "law": [*LAWS[law]] if variant in REVISING else None,
     }
     run = rm.Run(out / f"{data.name}_{variant}_seed{seed}", settings)
     if run.record:
@@ -675,14 +679,13 @@ def train_variant(
         "variant": variant,
         "trained_on": data.name,
         "gamma": GAMMA if variant == "history" else 0.0,
-        "rotate": variant == "history",
         "tokenizer": asdict(data.tokenizer),
         "haste": [],
     }
     every = max(1, steps // 20)
     for step, stats in rm.train(
         model, partial(sample, pool=pool, start=data.tokenizer.prompt_length), steps, MASK,
-        BATCH_SIZE, info["gamma"], info["rotate"], LEARNING_RATE[variant], MUON_FACTOR,
+        BATCH_SIZE, info["gamma"], learning_rate=LEARNING_RATE[variant], muon_factor=MUON_FACTOR,
         warmup=min(100, steps // 5 + 1), compile=compile, **run.files(every),
         seed=seed + 1000 * list(VARIANTS).index(variant),
     ):  # fmt: skip
@@ -774,7 +777,7 @@ def parse_arguments():
     add("--checkpoint", type=Path, default=SHIPPED, modes=modes, help="default: the shipped one")
     add("--n", type=positive, default=1050, modes=train + evaluate, help="test problems (1050)")
     add("--passes", type=positive, nargs="+", help="at most (default N/16 to N; with --ask N)")
-    seed = "with --evaluate of test problems (1), else of what follows the base"
+    seed = "with --evaluate of the test problems (1), else of training after the base"
     options.general("runs/text", seed, train, (*train, "--evaluate"))
 
     def mode_of(args) -> str:
@@ -811,7 +814,7 @@ def main() -> None:
 
 def use_checkpoint(args, read: Callable, device: torch.device) -> dict:
     """Answers a prompt, or scores on own problems or on those of the task it was trained on."""
-    needs = ("variant", "tokenizer", "trained_on", "gamma", "rotate", "haste")
+    needs = ("variant", "tokenizer", "trained_on", "gamma", "haste")
     model, info = rm.load_checkpoint(args.checkpoint, "text", device, needs)
     if args.mode == "--ask":
         return ask(model, info, args.ask, args.passes and args.passes[0])

@@ -3,7 +3,8 @@
     python tests/study_text.py code runs/code/text_code_seed?.json
 
 Writes results/text_<task>.json and .png.  The seeds share base, data and test prompts.  A prompt's
-score is its mean over the seeds; intervals are the (paired) bootstrap over prompts.
+score is its mean over the seeds; intervals are the (paired) bootstrap over prompts, for code over
+specifications, too: prompts with the same words ask for the same program.
 """
 
 import argparse
@@ -14,10 +15,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import reflective_masking as rm
-from train_text import VARIANTS
+import torch
 
-KEPT = "steps minutes params haste provenance".split()  # of a variant's record
+import reflective_masking as rm
+from train_text import TEST_SEED, VARIANTS, generate
+
+KEPT = "steps minutes params haste settings provenance".split()  # of a variant's record
 
 
 def mean_of(rows: list[dict]) -> dict:
@@ -29,8 +32,11 @@ def mean_of(rows: list[dict]) -> dict:
     return {**mean, "ci95": rm.bootstrap_interval(values), "seeds": seeds}
 
 
-def mean_difference(ours: list[dict], theirs: list[dict]) -> dict:
-    """The paired difference of two variants at one number of passes, of all and by subject."""
+def mean_difference(ours: list[dict], theirs: list[dict], groups: list[str]) -> dict:
+    """The paired difference of two variants at one number of passes, of all and by subject.
+
+    groups: of each prompt its specification; none: prompts are of their own.
+    """
     found = {"passes": ours[0]["passes"], "subjects": {}}
     for subject in ours[0]["right"]:
         pairs = [zip(a["right"][subject], b["right"][subject]) for a, b in zip(ours, theirs)]
@@ -41,22 +47,36 @@ def mean_difference(ours: list[dict], theirs: list[dict]) -> dict:
             "ci95": rm.bootstrap_interval(values),
             "seeds": [sum(seed) / len(seed) for seed in each],
         }
+        if groups:
+            found["subjects"][subject]["ci95_specifications"] = grouped_interval(values, groups)
     return found | found["subjects"].pop("all")
 
 
-def collect(reports: list[dict]) -> dict:
+def grouped_interval(values: list[float], groups: list[str]) -> list[float]:
+    """The 95 % interval of the mean of values, whole groups resampled."""
+    number = {group: i for i, group in enumerate(sorted(set(groups)))}
+    group = torch.tensor([number[name] for name in groups])
+    sums = torch.zeros(len(number)).index_add(0, group, torch.tensor(values))
+    sizes = torch.bincount(group)
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randint(len(number), (4000, len(number)), generator=generator)
+    means = sums[drawn].sum(1) / sizes[drawn].sum(1)
+    return means.quantile(torch.tensor([0.025, 0.975])).tolist()
+
+
+def collect(reports: list[dict], groups: list[str]) -> dict:
     """The record of results/: base, each seed's scores, their means, the runs themselves."""
     scores = [report["scores"] for report in reports]
     variants = [variant for variant in scores[0] if variant != "base"]
     by_passes = {v: list(zip(*(score[v] for score in scores))) for v in variants}
     runs = []
     for report in reports:
-        kept = {v: {key: r[key] for key in KEPT} for v, r in report["records"].items()}
+        kept = {v: {key: r[key] for key in KEPT if key in r} for v, r in report["records"].items()}
         runs.append({"scores": {v: report["scores"][v] for v in variants}, "records": kept})
     minus_sft = {}
     for variant in variants[1:]:
         pairs = zip(by_passes[variant], by_passes["sft"])
-        minus_sft[variant] = [mean_difference(ours, sft) for ours, sft in pairs]
+        minus_sft[variant] = [mean_difference(ours, sft, groups) for ours, sft in pairs]
     return {
         "base": scores[0]["base"],
         "mean": {v: [mean_of(rows) for rows in by_passes[v]] for v in variants},
@@ -71,7 +91,12 @@ def main() -> None:
     parser.add_argument("reports", type=Path, nargs="+", help="text_<task>_seed<n>.json")
     parser.add_argument("--out", type=Path, default=ROOT / "results")
     args = parser.parse_args()
-    record = collect([json.loads(path.read_text()) for path in args.reports])
+    reports = [json.loads(path.read_text()) for path in args.reports]
+    groups = []
+    if args.task == "code":
+        test = generate("code", reports[0]["scores"]["base"][0]["n"], "test", TEST_SEED)
+        groups = [problem.prompt.split("|")[0] for problem in test]
+    record = collect(reports, groups)
     path = args.out / f"text_{args.task}.json"
     if path.exists():  # what else was measured stays
         record = json.loads(path.read_text()) | record

@@ -381,7 +381,7 @@ class Scripted(torch.nn.Module):
         self.clean = clean
         self.start = start
         self.calls = 0
-        self.embedding = torch.nn.Parameter(torch.eye(vocabulary))
+        self.embedding = torch.nn.Parameter(torch.eye(vocabulary, vocabulary + vocabulary % 2))
 
     def forward(self, x):
         self.calls += 1
@@ -398,7 +398,7 @@ class Scripted(torch.nn.Module):
 
 def info_of(tokenizer, variant, **more):
     gamma = 0.9 if variant == "history" else 0.0
-    info = {"variant": variant, "trained_on": "math", "gamma": gamma, "rotate": gamma > 0}
+    info = {"variant": variant, "trained_on": "math", "gamma": gamma}
     return info | {"tokenizer": asdict(tokenizer), "haste": []} | more
 
 
@@ -557,8 +557,9 @@ def test_finished_variants_are_kept_and_other_settings_refused(smoke, monkeypatc
 def test_the_study_of_seeds_pairs_each_seed_with_its_own_sft():
     row = lambda ones: {"passes": 4, "accuracy": ones.count("1") / 4, "right": {"all": ones}}
     ours, theirs = [row("1110"), row("1100")], [row("1000"), row("0001")]
-    found = study_text.mean_difference(ours, theirs)
+    found = study_text.mean_difference(ours, theirs, ["a", "a", "b", "b"])
     assert found["seeds"] == [0.5, 0.25] and found["difference"] == 0.375
+    assert found["ci95_specifications"] == [0, 0.75]  # a alone, twice, has 0.75, b alone 0
     assert study_text.mean_of(ours)["accuracy"] == 0.625
 
 
