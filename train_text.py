@@ -513,7 +513,7 @@ def reveal_trajectory(
     clean: Tensor, logits: Tensor, rank: Tensor, masks: Tensor, length: int,
     generator: torch.Generator, remember: int = 1,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Ours: a decoding up to a reveal that may go wrong, int64 [K, B, L], and a turn t of each.
+    """Ours: a decoding up to a reveal that may go wrong, int64 [K, B, L]; for each row a turn t.
 
     In 1 to `remember` turns, as many in all rows, the truth is revealed until `masks` positions are
     left.  Then the base reveals at once the k it is surest of; in half of the rows the truth

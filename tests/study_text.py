@@ -35,7 +35,7 @@ def mean_of(rows: list[dict]) -> dict:
 def mean_difference(ours: list[dict], theirs: list[dict], groups: list[str]) -> dict:
     """The paired difference of two variants at one number of passes, of all and by subject.
 
-    groups: of each prompt its specification; none: prompts are of their own.
+    groups: the specification of each prompt, whose prompts are resampled together; or none.
     """
     found = {"passes": ours[0]["passes"], "subjects": {}}
     for subject in ours[0]["right"]:
@@ -71,7 +71,7 @@ def collect(reports: list[dict], groups: list[str]) -> dict:
     by_passes = {v: list(zip(*(score[v] for score in scores))) for v in variants}
     runs = []
     for report in reports:
-        kept = {v: {key: r[key] for key in KEPT if key in r} for v, r in report["records"].items()}
+        kept = {v: {key: r[key] for key in KEPT} for v, r in report["records"].items()}
         runs.append({"scores": {v: report["scores"][v] for v in variants}, "records": kept})
     minus_sft = {}
     for variant in variants[1:]:
