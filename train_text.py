@@ -467,11 +467,12 @@ def sample_revision(
 ) -> rm.Batch:  # fmt: skip
     """Synthetic revisions of the answer; what is wrong was proposed by the frozen base.
 
-    Law "ours": three quarters of the rows are of reveal_trajectory, a decoding whose reveals may go
-    wrong.  In the others many tokens were proposed, from the base's TOP_K by its probabilities,
-    truth included.  It read the answer without these and a random share of the rest, so that a
-    mistake fits what stands around it (ours; the paper masks all).  A quarter starts empty.
-    Law "paper": all rows are of the second kind, and TOP_K is drawn from evenly, never the truth.
+    Law "ours": half of the rows show what SFT shows, a quarter a decoding whose reveals went wrong
+    (reveal_trajectory has both), a quarter many mistakes.  These were proposed from the base's
+    TOP_K by its probabilities, truth included.  It read the answer without them and a random share
+    of the rest, so that a mistake fits what stands around it.
+    Law "paper": all rows show many mistakes, drawn from TOP_K evenly, never the truth, by a base
+    that reads the prompt alone.  In both, a quarter of the rows with many starts empty.
     """
     uniform = partial(torch.rand, generator=generator, device=pool.device)
     corruption, reveals = LAWS[law]
@@ -482,18 +483,19 @@ def sample_revision(
     some = uniform(batch_size, 1) > 0.25
     share = uniform(batch_size, 1) * some * 2 * corruption * 4 / 3  # > 1: all; mean 0.47, paper 0.3
     starts_wrong = editable & (uniform(clean.shape) < share)
-    share = uniform(batch_size, 1)
+    share = uniform(batch_size, 1) if law == "ours" else 1  # the paper masks all
     probed = editable & (starts_wrong | (uniform(clean.shape) < share))
     in_reveal = uniform(batch_size, 1) < reveals
+    masks = (uniform(batch_size, 1) * length).long() + 1  # uniform in 1..N, as SFT's
     rank = uniform(clean.shape).masked_fill(~editable, 2).argsort(-1).argsort(-1)  # random
-    masks = ((length + 1) ** uniform(batch_size, 1)).long()  # log-uniform in 1..N
     probe = clean.masked_fill(torch.where(in_reveal, rank < masks, probed), MASK)
     with torch.no_grad(), rm.mixed_precision(pool.device):
         logits = base(history_embedding(probe.unsqueeze(0), base.embedding, 0.0, False)).float()
 
     moving = editable
-    wrong = rm.topk_wrong(logits, clean, MASK, TOP_K, generator)  # the paper's
-    if law == "ours":
+    if law == "paper":
+        wrong = rm.topk_wrong(logits, clean, MASK, TOP_K, generator)
+    else:
         logits[..., MASK] = -torch.inf
         likely, tokens = logits.topk(min(TOP_K, logits.shape[-1] - 1), dim=-1)
         pick = torch.multinomial(likely.softmax(-1).flatten(0, 1), 1, generator=generator)
@@ -518,9 +520,11 @@ def reveal_trajectory(
     In 1 to `remember` turns, as many in all rows, the truth is revealed until `masks` positions are
     left.  Then the base reveals at once the k it is surest of; in half of the rows the truth
     follows at some others.  Then what is wrong is re-masked.  t, int64 [B], is the turn before the
-    base's reveal (a third of the rows), after it (half) or after the re-masking.  L is prompt +
-    answer.  rank: int64 [B, L], below `length` in the answer.  masks: int64 [B, 1].  logits: float
-    [B, L, V] with -inf for MASK, the base's where the `masks` positions of lowest rank are masked.
+    base's reveal (8 rows of 12, as in SFT), after it (3) or after the re-masking (1).
+
+    L is prompt + answer.  rank: int64 [B, L], below `length` in the answer.  masks: int64 [B, 1].
+    logits: float [B, L, V] with -inf for MASK, the base's where the `masks` positions of lowest
+    rank are masked.
     """
     uniform = partial(torch.rand, generator=generator, device=clean.device)
     batch = len(clean)
@@ -540,8 +544,8 @@ def reveal_trajectory(
     draft = torch.where(at_once, best, torch.where(follows, clean, revealing[-1]))
     corrected = draft.masked_fill(draft != clean, MASK)
 
-    draw = uniform(batch)  # a third, a half, a sixth of the rows
-    now = turns + (draw > 1 / 3).long() + (draw > 5 / 6).long()
+    draw = uniform(batch)
+    now = turns + (draw > 8 / 12).long() + (draw > 11 / 12).long()
     return torch.cat([revealing, draft.unsqueeze(0), corrected.unsqueeze(0)]), now
 
 
