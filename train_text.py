@@ -27,7 +27,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 import reflective_masking as rm
 from history import HistoryReference, history_embedding
@@ -39,7 +38,10 @@ SPECIAL = ["_", "·", "¶"]  # how the terminal shows them
 VARIANTS = {"base": "base", "sft": "vanilla SFT", "rm": "RM", "history": "RM + history"}  # labels
 REVISING = ("rm", "history")
 GAMMA = 0.5  # of history; the paper states none, and 0.9 misleads in Sudoku
-LAWS = {"ours": (0.5, 0.75), "paper": (0.3, 0.0)}  # shares: proposed at x(0), rows in a reveal
+LAWS = {  # of RM's training states
+    "ours": (4 / 8, 3 / 8, 1 / 8),  # shares of rows before a parallel reveal, after it, re-masked
+    "paper": (0.3,),  # share of tokens that start wrong
+}
 SIZE = (128, 4)  # width and layers of the network: 0.8 M parameters
 BATCH_SIZE = 32
 LEARNING_RATE = {"base": 2.5e-3, "sft": 4e-4, "rm": 4e-4, "history": 4e-4}
@@ -467,86 +469,65 @@ def sample_revision(
 ) -> rm.Batch:  # fmt: skip
     """Synthetic revisions of the answer; what is wrong was proposed by the frozen base.
 
-    Law "ours": half of the rows show what SFT shows, a quarter a decoding whose reveals went wrong
-    (reveal_trajectory has both), a quarter many mistakes.  These were proposed from the base's
-    TOP_K by its probabilities, truth included.  It read the answer without them and a random share
-    of the rest, so that a mistake fits what stands around it.
-    Law "paper": all rows show many mistakes, drawn from TOP_K evenly, never the truth, by a base
-    that reads the prompt alone.  In both, a quarter of the rows with many starts empty.
+    Law "ours": m of the answer's N positions are masked, m uniform in 1..N; the base reads the rest
+    and a parallel reveal follows (reveal_trajectory).
+    Law "paper": every position starts wrong or masked and is on its own clock (sample_trajectory);
+    the base reads the prompt alone; wrong is one of its TOP_K likeliest, drawn evenly, never the
+    truth.  A quarter of the rows starts empty.
     """
     uniform = partial(torch.rand, generator=generator, device=pool.device)
-    corruption, reveals = LAWS[law]
     clean = pool[torch.randint(len(pool), (batch_size,), generator=generator, device=pool.device)]
     editable = (torch.arange(clean.shape[1], device=pool.device) >= start).expand_as(clean)
-    length = clean.shape[1] - start
-
-    some = uniform(batch_size, 1) > 0.25
-    share = uniform(batch_size, 1) * some * 2 * corruption * 4 / 3  # > 1: all; mean 0.47, paper 0.3
-    starts_wrong = editable & (uniform(clean.shape) < share)
-    share = uniform(batch_size, 1) if law == "ours" else 1  # the paper masks all
-    probed = editable & (starts_wrong | (uniform(clean.shape) < share))
-    in_reveal = uniform(batch_size, 1) < reveals
-    masks = (uniform(batch_size, 1) * length).long() + 1  # uniform in 1..N, as SFT's
+    length = clean.shape[1] - start  # N
     rank = uniform(clean.shape).masked_fill(~editable, 2).argsort(-1).argsort(-1)  # random
-    probe = clean.masked_fill(torch.where(in_reveal, rank < masks, probed), MASK)
+    masks = (uniform(batch_size, 1) * length).long() + 1  # uniform in 1..N
+    masks = masks if law == "ours" else torch.full_like(masks, length)
+    probe = clean.masked_fill(rank < masks, MASK)
     with torch.no_grad(), rm.mixed_precision(pool.device):
         logits = base(history_embedding(probe.unsqueeze(0), base.embedding, 0.0, False)).float()
 
-    moving = editable
-    if law == "paper":
-        wrong = rm.topk_wrong(logits, clean, MASK, TOP_K, generator)
-    else:
-        logits[..., MASK] = -torch.inf
-        likely, tokens = logits.topk(min(TOP_K, logits.shape[-1] - 1), dim=-1)
-        pick = torch.multinomial(likely.softmax(-1).flatten(0, 1), 1, generator=generator)
-        wrong = tokens.gather(-1, pick.view(*clean.shape, 1)).squeeze(-1)
-        moving = editable & ~(starts_wrong & (wrong == clean))  # a draw of the truth stands
-    trajectory = rm.sample_trajectory(clean, moving, wrong, MASK, 6, starts_wrong, generator)
-    now = torch.randint(6, (batch_size,), generator=generator, device=pool.device)
     if law == "ours":
-        revealed, then = reveal_trajectory(clean, logits, rank, masks, length, generator, remember)
-        trajectory, revealed = pad_sequence([trajectory, revealed]).unbind(1)  # equally long
-        trajectory = torch.where(in_reveal, revealed, trajectory)
-        now = torch.where(in_reveal.squeeze(1), then, now)
-    return rm.history_until(trajectory, now), clean, editable
+        how = (rank, masks, length, generator, remember)
+        trajectory, turn = reveal_trajectory(clean, logits, *how)
+    else:
+        wrong = rm.topk_wrong(logits, clean, MASK, TOP_K, generator)
+        not_empty = uniform(batch_size, 1) > 0.25
+        p_wrong = 0.8 * uniform(batch_size, 1) * not_empty  # 0.3 on average
+        trajectory = rm.sample_trajectory(clean, editable, wrong, MASK, 6, p_wrong, generator)
+        turn = torch.randint(6, (batch_size,), generator=generator, device=pool.device)
+    return rm.history_until(trajectory, turn), clean, editable
 
 
 def reveal_trajectory(
     clean: Tensor, logits: Tensor, rank: Tensor, masks: Tensor, length: int,
     generator: torch.Generator, remember: int = 1,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Ours: a decoding up to a reveal that may go wrong, int64 [K, B, L]; for each row a turn t.
+    """Ours: a decoding up to a parallel reveal, int64 [K, B, L]; for each row a turn t, int64 [B].
 
     In 1 to `remember` turns, as many in all rows, the truth is revealed until `masks` positions are
-    left.  Then the base reveals at once the k it is surest of; in half of the rows the truth
-    follows at some others.  Then what is wrong is re-masked.  t, int64 [B], is the turn before the
-    base's reveal (8 rows of 12, as in SFT), after it (3) or after the re-masking (1).
+    left.  Then the base fills k of these at once, k uniform in 1..masks, with a draw for each: the
+    draws need not fit each other, which is the mistake of a parallel decoding.  Then what is wrong
+    is re-masked.  t is the turn before the base's reveal, after it or after the re-masking, in
+    shares LAWS["ours"].
 
-    L is prompt + answer.  rank: int64 [B, L], below `length` in the answer.  masks: int64 [B, 1].
-    logits: float [B, L, V] with -inf for MASK, the base's where the `masks` positions of lowest
-    rank are masked.
+    L is prompt + answer.  rank: int64 [B, L], random, below `length` in the answer; the positions
+    of lowest rank are masked last.  masks: int64 [B, 1].  logits: the base's there, [B, L, V].
     """
     uniform = partial(torch.rand, generator=generator, device=clean.device)
-    batch = len(clean)
     turns = int(torch.randint(1, remember + 1, (), generator=generator, device=clean.device))
     passed = torch.arange(turns + 1, device=clean.device).view(-1, 1, 1) / turns  # 0, ..., 1
     revealing = clean.masked_fill(rank < length - (length - masks) * passed, MASK)
 
-    masked = rank < masks
-    confidence, best = logits.softmax(-1).max(-1)
-    order = confidence.masked_fill(~masked, -1).argsort(-1, descending=True).argsort(-1)
-    k = ((masks + 1) ** uniform(batch, 1)).long()  # log-uniform in 1..masks
-    at_once = masked & (order < k)
-    noise = uniform(clean.shape)
-    share = uniform(batch, 1)
-    half = uniform(batch, 1) < 0.5
-    follows = masked & (noise < share * half)
-    draft = torch.where(at_once, best, torch.where(follows, clean, revealing[-1]))
+    logits[..., MASK] = -torch.inf
+    drawn = torch.multinomial(logits.softmax(-1).flatten(0, 1), 1, generator=generator)
+    k = (uniform(masks.shape) * masks).long() + 1  # uniform in 1..masks
+    draft = torch.where(rank < k, drawn.view_as(clean), revealing[-1])
     corrected = draft.masked_fill(draft != clean, MASK)
 
-    draw = uniform(batch)
-    now = turns + (draw > 8 / 12).long() + (draw > 11 / 12).long()
-    return torch.cat([revealing, draft.unsqueeze(0), corrected.unsqueeze(0)]), now
+    shares = torch.tensor(LAWS["ours"], device=clean.device)
+    after = torch.multinomial(shares, len(clean), replacement=True, generator=generator)
+    trajectory = torch.cat([revealing, draft.unsqueeze(0), corrected.unsqueeze(0)])
+    return trajectory, turns + after
 
 
 # ------------------------------------------------------------------------------------------------

@@ -65,17 +65,25 @@ def grouped_interval(values: list[float], groups: list[str]) -> list[float]:
 
 
 def collect(reports: list[dict], groups: list[str]) -> dict:
-    """The record of results/: base, each seed's scores, their means, the runs themselves."""
+    """The record of results/: base, each seed's scores, their means, the runs themselves.
+
+    A variant that some seeds lack is compared with the SFT of those that have it.
+    """
     scores = [report["scores"] for report in reports]
     variants = [variant for variant in scores[0] if variant != "base"]
-    by_passes = {v: list(zip(*(score[v] for score in scores))) for v in variants}
+    by_passes, sft = {}, {}
+    for variant in variants:
+        having = [score for score in scores if variant in score]
+        by_passes[variant] = [*zip(*(score[variant] for score in having))]
+        sft[variant] = [*zip(*(score["sft"] for score in having))]
     runs = []
     for report in reports:
         kept = {v: {key: r[key] for key in KEPT} for v, r in report["records"].items()}
-        runs.append({"scores": {v: report["scores"][v] for v in variants}, "records": kept})
+        own = {v: rows for v, rows in report["scores"].items() if v != "base"}
+        runs.append({"scores": own, "records": kept})
     minus_sft = {}
     for variant in variants[1:]:
-        pairs = zip(by_passes[variant], by_passes["sft"])
+        pairs = zip(by_passes[variant], sft[variant])
         minus_sft[variant] = [mean_difference(ours, sft, groups) for ours, sft in pairs]
     return {
         "base": scores[0]["base"],
@@ -101,11 +109,12 @@ def main() -> None:
     if path.exists():  # what else was measured stays
         record = json.loads(path.read_text()) | record
     rm.write_json(path, record)
-    lines = {}
+    lines = {}  # of one number of passes there is nothing to draw
     for variant, rows in {"base": record["base"], **record["mean"]}.items():
         lines[VARIANTS[variant]] = [(row["passes"], row["accuracy"], row["ci95"]) for row in rows]
     xlabel, ylabel = "forward passes", "right answers, %"
-    rm.draw_lines(path.with_suffix(".png"), lines, xlabel, ylabel, log=True)
+    if len(record["base"]) > 1:
+        rm.draw_lines(path.with_suffix(".png"), lines, xlabel, ylabel, log=True)
     for variant, rows in record["minus_sft"].items():
         for row in rows:
             told = "{difference:+.1%} ({ci95[0]:+.1%} to {ci95[1]:+.1%})".format(**row)
