@@ -27,6 +27,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 import reflective_masking as rm
 from history import HistoryReference, history_embedding
@@ -38,10 +39,8 @@ SPECIAL = ["_", "·", "¶"]  # how the terminal shows them
 VARIANTS = {"base": "base", "sft": "vanilla SFT", "rm": "RM", "history": "RM + history"}  # labels
 REVISING = ("rm", "history")
 GAMMA = 0.5  # of history; the paper states none, and 0.9 misleads in Sudoku
-LAWS = {  # of RM's training states
-    "ours": (4 / 8, 3 / 8, 1 / 8),  # shares of rows before a parallel reveal, after it, re-masked
-    "paper": (0.3,),  # share of tokens that start wrong
-}
+LAWS = {"ours": (0.75, 0.5), "paper": (0, 0.3)}  # rows in a reveal; of the others' tokens proposed
+MOMENTS = (8 / 12, 3 / 12, 1 / 12)  # of rows in a reveal: before it, after it, mistakes re-masked
 SIZE = (128, 4)  # width and layers of the network: 0.8 M parameters
 BATCH_SIZE = 32
 LEARNING_RATE = {"base": 2.5e-3, "sft": 4e-4, "rm": 4e-4, "history": 4e-4}
@@ -469,32 +468,47 @@ def sample_revision(
 ) -> rm.Batch:  # fmt: skip
     """Synthetic revisions of the answer; what is wrong was proposed by the frozen base.
 
-    Law "ours": m of the answer's N positions are masked, m uniform in 1..N; the base reads the rest
-    and a parallel reveal follows (reveal_trajectory).
-    Law "paper": every position starts wrong or masked and is on its own clock (sample_trajectory);
-    the base reads the prompt alone; wrong is one of its TOP_K likeliest, drawn evenly, never the
-    truth.  A quarter of the rows starts empty.
+    Law "ours": three quarters of the rows stand before or after a parallel reveal: half show masks
+    and the truth, as SFT's do (reveal_trajectory).  In the others many tokens were proposed, drawn
+    from the base's TOP_K by its probabilities, truth included.  It read the answer without them and
+    without a random share of the rest, so that a mistake fits what stands around it.
+    Law "paper": proposals in all rows, drawn from TOP_K evenly, never the truth, by a base that
+    reads the prompt alone.  In both, a quarter of the rows with proposals starts empty.
     """
     uniform = partial(torch.rand, generator=generator, device=pool.device)
+    reveals, proposed = LAWS[law]
     clean = pool[torch.randint(len(pool), (batch_size,), generator=generator, device=pool.device)]
     editable = (torch.arange(clean.shape[1], device=pool.device) >= start).expand_as(clean)
     length = clean.shape[1] - start  # N
+
+    in_reveal = uniform(batch_size, 1) < reveals
+    masks = (uniform(batch_size, 1) * length).long() + 1  # uniform in 1..N, as SFT's
     rank = uniform(clean.shape).masked_fill(~editable, 2).argsort(-1).argsort(-1)  # random
-    masks = (uniform(batch_size, 1) * length).long() + 1  # uniform in 1..N
-    masks = masks if law == "ours" else torch.full_like(masks, length)
-    probe = clean.masked_fill(rank < masks, MASK)
+    not_empty = uniform(batch_size, 1) > 0.25
+    share = uniform(batch_size, 1) * not_empty * 2 * proposed / 0.75  # its mean: 0.47, paper 0.3
+    starts_wrong = editable & (uniform(clean.shape) < share)
+    unread = uniform(batch_size, 1) if law == "ours" else 1
+    unread = editable & (starts_wrong | (uniform(clean.shape) < unread))
+    probe = clean.masked_fill(torch.where(in_reveal, rank < masks, unread), MASK)
     with torch.no_grad(), rm.mixed_precision(pool.device):
         logits = base(history_embedding(probe.unsqueeze(0), base.embedding, 0.0, False)).float()
 
-    if law == "ours":
-        how = (rank, masks, length, generator, remember)
-        trajectory, turn = reveal_trajectory(clean, logits, *how)
-    else:
+    if law == "paper":
         wrong = rm.topk_wrong(logits, clean, MASK, TOP_K, generator)
-        not_empty = uniform(batch_size, 1) > 0.25
-        p_wrong = 0.8 * uniform(batch_size, 1) * not_empty  # 0.3 on average
-        trajectory = rm.sample_trajectory(clean, editable, wrong, MASK, 6, p_wrong, generator)
-        turn = torch.randint(6, (batch_size,), generator=generator, device=pool.device)
+    else:
+        logits[..., MASK] = -torch.inf
+        likely, tokens = logits.topk(min(TOP_K, logits.shape[-1] - 1), dim=-1)
+        pick = torch.multinomial(likely.softmax(-1).flatten(0, 1), 1, generator=generator)
+        wrong = tokens.gather(-1, pick.view(*clean.shape, 1)).squeeze(-1)
+    moving = editable & ~(starts_wrong & (wrong == clean))  # a draw of the truth stands
+    trajectory = rm.sample_trajectory(clean, moving, wrong, MASK, 6, starts_wrong, generator)
+    turn = torch.randint(6, (batch_size,), generator=generator, device=pool.device)
+
+    how = (rank, masks, length, generator, remember)
+    revealed, moment = reveal_trajectory(clean, logits, *how)
+    trajectory, revealed = pad_sequence([trajectory, revealed]).unbind(1)  # equally long
+    trajectory = torch.where(in_reveal, revealed, trajectory)
+    turn = torch.where(in_reveal.squeeze(1), moment, turn)
     return rm.history_until(trajectory, turn), clean, editable
 
 
@@ -502,32 +516,34 @@ def reveal_trajectory(
     clean: Tensor, logits: Tensor, rank: Tensor, masks: Tensor, length: int,
     generator: torch.Generator, remember: int = 1,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Ours: a decoding up to a parallel reveal, int64 [K, B, L]; for each row a turn t, int64 [B].
+    """Ours: a decoding up to a parallel reveal, int64 [K, B, L]; for each row a turn, int64 [B].
 
     In 1 to `remember` turns, as many in all rows, the truth is revealed until `masks` positions are
-    left.  Then the base fills k of these at once, k uniform in 1..masks, with a draw for each: the
-    draws need not fit each other, which is the mistake of a parallel decoding.  Then what is wrong
-    is re-masked.  t is the turn before the base's reveal, after it or after the re-masking, in
-    shares LAWS["ours"].
+    left.  Then the base reveals at once the k it is surest of, some of them wrong; in half of the
+    rows the truth follows at some others.  Then what is wrong is re-masked.  The turn is the one
+    before the base's reveal, after it or after the re-masking, in shares MOMENTS.
 
-    L is prompt + answer.  rank: int64 [B, L], random, below `length` in the answer; the positions
-    of lowest rank are masked last.  masks: int64 [B, 1].  logits: the base's there, [B, L, V].
+    L is prompt + answer.  rank: int64 [B, L], below `length` in the answer.  masks: int64 [B, 1].
+    logits: float [B, L, V], the base's where the `masks` positions of lowest rank are masked.
     """
     uniform = partial(torch.rand, generator=generator, device=clean.device)
+    batch = len(clean)
     turns = int(torch.randint(1, remember + 1, (), generator=generator, device=clean.device))
     passed = torch.arange(turns + 1, device=clean.device).view(-1, 1, 1) / turns  # 0, ..., 1
     revealing = clean.masked_fill(rank < length - (length - masks) * passed, MASK)
 
-    logits[..., MASK] = -torch.inf
-    drawn = torch.multinomial(logits.softmax(-1).flatten(0, 1), 1, generator=generator)
-    k = (uniform(masks.shape) * masks).long() + 1  # uniform in 1..masks
-    draft = torch.where(rank < k, drawn.view_as(clean), revealing[-1])
+    k = ((masks + 1) ** uniform(batch, 1)).long()  # log-uniform in 1..masks
+    draft = rm.decide(logits, revealing[-1], MASK, reveal=k, allow_remask=False)
+    half = uniform(batch, 1) < 0.5
+    share = uniform(batch, 1)
+    follows = (draft == MASK) & half & (uniform(clean.shape) < share)
+    draft = torch.where(follows, clean, draft)
     corrected = draft.masked_fill(draft != clean, MASK)
 
-    shares = torch.tensor(LAWS["ours"], device=clean.device)
-    after = torch.multinomial(shares, len(clean), replacement=True, generator=generator)
+    shares = torch.tensor(MOMENTS, device=clean.device)
+    moment = torch.multinomial(shares, batch, replacement=True, generator=generator)
     trajectory = torch.cat([revealing, draft.unsqueeze(0), corrected.unsqueeze(0)])
-    return trajectory, turns + after
+    return trajectory, turns + moment
 
 
 # ------------------------------------------------------------------------------------------------
@@ -648,7 +664,7 @@ def train_variant(
         "start": rm.fingerprint(*model.state_dict().values()),
         "steps": steps,
         "passes": passes,
-        "law": [*LAWS[law]] if variant in REVISING else None,
+        "law": [*LAWS[law], *MOMENTS] if variant in REVISING else None,
     }
     run = rm.Run(out / f"{data.name}_{variant}_seed{seed}", settings)
     if run.record:

@@ -297,12 +297,12 @@ def test_the_papers_law_never_edits_prompts_and_never_proposes_the_truth():
     assert wrong.any() and (seen[wrong] == text.MASK).all()  # wrong ones were masked in the probe
     assert ((states[-1] == text.MASK) | ~editable).all(-1).any()  # the empty answer is a state
     share = ((first != text.MASK) & editable).sum() / editable.sum()
-    assert share.item() == pytest.approx(text.LAWS["paper"][0], abs=0.03)
+    assert share.item() == pytest.approx(text.LAWS["paper"][1], abs=0.03)
     assert ((first != clean) | ~editable).all()  # at turn 0 nothing is right: no truth proposed
 
 
 def test_our_law_draws_the_truth_as_often_as_the_base(monkeypatch):
-    monkeypatch.setitem(text.LAWS, "ours", (0.3, 0.0))  # no rows in a reveal
+    monkeypatch.setitem(text.LAWS, "ours", (0, 0.3))  # no rows in a reveal
     tokenizer, pool = small_pool()
     p_truth, second = 0.7, len(tokenizer.shown) - 1  # the base knows the truth, and one other token
     picks = torch.randint(len(pool), (4000,), generator=torch.Generator().manual_seed(0))
@@ -331,7 +331,7 @@ def test_rows_in_a_parallel_reveal_mix_with_the_others(remember):
     present = (states[..., 0] != ABSENT).int()
     assert (present.diff(dim=0) >= 0).all() and len({int(n) for n in present.sum(0)}) > 2
     empty = (first[:, start:] == text.MASK).all(-1)  # a reveal begins empty; so do a quarter
-    reveals = text.LAWS["ours"][1]
+    reveals = text.LAWS["ours"][0]
     assert abs(empty.float().mean() - (reveals + 0.25 * (1 - reveals))) < 0.05  # of other rows
 
 
@@ -368,7 +368,7 @@ def test_a_reveal_that_may_go_wrong():
         followed += bool((filled & (draft != best[row])).any())
     assert 0.15 < followed / rows < 0.37  # in half of the rows some others follow, right
     shares = [(now == len(states) - 3 + i).float().mean().item() for i in range(3)]
-    assert shares == pytest.approx([8 / 12, 3 / 12, 1 / 12], abs=0.08)
+    assert shares == pytest.approx(text.MOMENTS, abs=0.08)
 
 
 # --- decoding and scores
