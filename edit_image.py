@@ -9,8 +9,7 @@ The model re-masks the pixels that the instruction changes, reveals new ones, le
 
 A pixel is a token and so is a word.  One sequence is [instruction | source | target], and only the
 target is editable; the network adds the source's embedding to the target's at the same pixel.  Ids:
-MASK 0, colour c of C is 1 + c, the same colour in the source 1 + C + c, then "no image", "no word"
-and the words.
+MASK 0, colour c of C is 1 + c, in the source 1 + C + c, then "no image", "no word" and the words.
 
 What differs from the paper: pixels of a palette in place of a VQ codebook; most of RM's
 trajectories re-mask the whole edit at once (revision_states); Eq. 1 alone re-masks, where the paper
@@ -199,8 +198,7 @@ def references(thing: Thing, scene: Scene) -> list[str]:
 def random_edit(rng: random.Random, test: bool = False) -> Edit | None:
     """One edit of a random scene, or None where it does not work out.
 
-    No thing is held out; for test the one that the edit makes or removes is, and half of the
-    phrasings are those kept for test.
+    Things are not held out; for test the one made or removed is, and half of the phrasings are.
     """
     places = PLACES.copy()
     rng.shuffle(places)
@@ -368,13 +366,11 @@ def read_pairs(folder: Path, most: int, codec: Codec | None = None, colours: int
     texts, images = [], []
     size = codec and codec.size
     for number, line in rm.read_lines(path)[:most]:
-        try:
+        keys = ("instruction", "source", "target")
+        with rm.naming(f"{path} line {number}", f"must be JSON with {', '.join(keys)}"):
             pair = json.loads(line)
-            text, *files = (pair[key] for key in ("instruction", "source", "target"))
+            text, *files = (pair[key] for key in keys)
             "".join([text, *files]).encode()  # all text, and no half of a surrogate pair
-        except (ValueError, KeyError, TypeError):
-            keys = '"instruction", "source", "target"'
-            raise InputError(f"{path} line {number} must be JSON with {keys}") from None
         source, _ = read_picture(folder / files[0], size)
         size = source.shape[:2]
         target, _ = read_picture(folder / files[1], size)
@@ -678,21 +674,17 @@ def draw_strips(path: Path, codec: Codec, texts: list[str], columns: dict[str, T
 
 
 def edit_file(model: Editor, path: Path, instruction: str, out: Path, decoding: str) -> dict:
-    """Edits a picture; writes out, and every turn side by side as <out>_turns.png.
-
-    A pixel that the model leaves alone is copied, with its transparency.  Raises InputError.
-    """
+    """Edits a picture, or InputError; writes out, and all turns side by side, <out>_turns.png."""
     codec = model.codec
     opaque, picture = read_picture(path, codec.size)
     words = torch.tensor([codec.encode_text(instruction)])
     source = torch.from_numpy(codec.encode_image(opaque)).unsqueeze(0)
     (turns,), trace = edit(model, source, words, decoding)
 
-    changed = (trace[-1] != source).view(codec.size).numpy()
+    changed = (trace[-1] != source).view(codec.size).numpy()  # others keep their transparency
     picture[changed, :3] = codec.decode_image(trace[-1, 0]).numpy()[changed]
     picture[changed, 3] = 255
     rm.replace_file(out, lambda file: Image.fromarray(picture).save(file, "PNG"))
-    print(f"wrote {out}")
     columns = {f"turn {turn}": state for turn, state in enumerate(trace)}
     draw_strips(out.with_name(f"{out.stem}_turns.png"), codec, [instruction], columns)
     remasked = int((trace == MASK).any(0).sum())
@@ -783,8 +775,7 @@ def parse_arguments():
     add("--decode", choices=IN_PLACE, help="the loop is Eq. 1's alone (default two-phase)")
     general = {"out_modes": ("train", "image"), "seed_modes": ("train", "evaluate")}
     options.general("runs/image", seed="of training, or of test scenes", **general)
-    modes = ("evaluate", "image")
-    mode_of = lambda args: next((mode for mode in modes if mode in args.given), "train")
+    mode_of = lambda args: next((m for m in ("evaluate", "image") if m in args.given), "train")
     args = options.parse(mode_of, {"steps": 2, "pool": 12, "n": 6})
 
     if args.image and not (args.instruction and args.out.suffix.lower() == ".png"):

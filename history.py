@@ -66,8 +66,7 @@ def history_embedding(
     vocabulary is small.  Returns [B, N, D] in the embedding's dtype, summed in float32 or more.
     ValueError: wrong shapes, gamma outside [0, 1], odd D with rotate, on CPU unknown ids.
     """
-    shape = [*states.shape]
-    require(states.ndim == 3 and len(states) > 0, f"states must be [t+1, B, N], got {shape}")
+    require(states.ndim == 3 and len(states), f"states must be [t+1, B, N], got {[*states.shape]}")
     check_history(embedding, gamma, rotate)
     check_ids("states", states, None, embedding.device, ABSENT, len(embedding))
     if gamma == 0:
@@ -92,8 +91,7 @@ def history_embedding(
 def _small_vocabulary_sum(states: Tensor, embedding: Tensor, gamma: float, rotate: bool) -> Tensor:
     """The same sum as one product of 0/1 indicators with the table of all aged embeddings.
 
-    Rotation and decay are linear, so V embeddings age once a turn instead of B*N: on a CPU ten
-    times faster than T+1 lookups and their scattered gradients.
+    Rotation and decay are linear: V embeddings age once a turn, not B*N; ten times faster on a CPU.
     """
     turns, vocabulary = len(states), len(embedding)
     ages = torch.arange(turns - 1, -1, -1, device=states.device).view(-1, 1, 1)  # t..0
@@ -112,9 +110,8 @@ def _small_vocabulary_sum(states: Tensor, embedding: Tensor, gamma: float, rotat
 class HistoryReference:
     """Eq. 2 by the recurrence: one [B, N, D] buffer and one addition a turn, at any length.
 
-    embedding: float [V, D] (not copied).  gamma, rotate, normalize, impl: as in history_embedding.
-    After x(0), ..., x(t) are pushed the value returned equals history_embedding([x(0), ..., x(t)]).
-    No gradient.
+    embedding: float [V, D].  gamma, rotate, normalize, impl: as in history_embedding.  After x(0),
+    ..., x(t) are pushed it has returned history_embedding([x(0), ..., x(t)]), without gradient.
     """
 
     def __init__(
@@ -137,17 +134,15 @@ class HistoryReference:
         """
         expected = tokens.shape if self.sum is None else self.sum.shape[:-1]
         check_ids("tokens", tokens, expected, self.embedding.device, 0, len(self.embedding))
-        past = self.sum if self.gamma else None
         if use_triton(self.impl, self.embedding):
-            self.sum, read = kernels.history_step(
-                past, tokens, self.embedding, self.gamma, self.rotate, self.normalize
-            )
+            how = (self.embedding, self.gamma, self.rotate, self.normalize)
+            self.sum, read = kernels.history_step(self.sum, tokens, *how)
             return read
 
         a = wide(F.embedding(tokens, self.embedding))  # wte(x(t))
-        if past is not None:
-            rotated = rotate_pairs(past, -1) if self.rotate else past
-            a = a + self.gamma * rotated  # Eq. 2: a(t) = wte(x(t)) + gamma R_(-1) a(t-1)
+        if self.sum is not None and self.gamma:
+            past = rotate_pairs(self.sum, -1) if self.rotate else self.sum
+            a = a + self.gamma * past  # Eq. 2: a(t) = wte(x(t)) + gamma R_(-1) a(t-1)
         self.sum = a
         return (rms_norm(a) if self.normalize else a).to(self.embedding.dtype)
 

@@ -5,9 +5,8 @@
     3. history_step, history_sum   Eq. 2 as the O(1) recurrence, and as the closed sum with gradient
     4. revision_cross_entropy      the three losses with gradient, from logits or hidden states
 
-They stand in for history.py (Eq. 2) and reflective_masking.py (Eq. 1, the losses) on a GPU; this
-file imports nothing of the project, and itself without triton.  TRITON_INTERPRET=1, set before the
-import, runs the kernels on CPU tensors.
+This file imports nothing of the project, and itself without triton.  TRITON_INTERPRET=1, set before
+the import, runs the kernels on CPU tensors.
 
 Inputs are float32, bfloat16 or float16 and never written; arithmetic is float32.  Wrong shapes,
 dtypes and devices are a ValueError that names the argument, before any launch.  Ids out of range
@@ -353,12 +352,11 @@ def _merge_kernel(
 def _merge(states, rows, tokens, editable, mask_id, decision) -> None:
     """Writes the reveals of masked positions from states of [count, chunks]."""
     count, chunks = states[0].shape
-    best, confidence, _ = decision
     merged = max(16, triton.next_power_of_2(chunks))  # one kernel for up to 16 parts of a row
     tile = max(1, 64 // merged)
     _launch(
         _merge_kernel, (triton.cdiv(count, tile),),
-        *states, rows, tokens, editable, best, confidence, count, chunks, mask_id,
+        *states, rows, tokens, editable, *decision[:2], count, chunks, mask_id,
         ROWS=tile, CHUNKS=merged, num_warps=1 if merged <= 128 else 4,
     )  # fmt: skip
 
@@ -537,7 +535,6 @@ def decide_from_hidden(
     head, tokens = head.contiguous(), tokens.contiguous()
     bias = None if bias is None else bias.contiguous()
     masked = tokens == mask_id if editable is None else editable & (tokens == mask_id)
-    masked = masked.flatten()
     if max_masked is not None and tokens.device.type == "cpu":
         require(int(masked.sum()) <= max_masked, f"more than max_masked = {max_masked} are masked")
 
@@ -558,9 +555,9 @@ def decide_from_hidden(
             _decide_rows(F.linear(hidden, head, bias), None, tokens, editable, mask_id, reveals)
         else:
             if max_masked is None:
-                rows = masked.nonzero().squeeze(1)  # waits for the device
+                rows = masked.flatten().nonzero().squeeze(1)  # waits for the device
             else:  # the masked rows first: a size known without asking the device
-                rows = (~masked).to(torch.uint8).argsort(stable=True)[:max_masked]
+                rows = (~masked).flatten().to(torch.uint8).argsort(stable=True)[:max_masked]
             few = len(rows) <= FUSED_ROWS and width % 16 == 0  # odd widths: narrow loads, spills
             if few:
                 _reveal_fused(hidden, head, bias, rows, tokens, editable, mask_id, reveals)
@@ -693,10 +690,9 @@ def history_step(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Eq. 2, one turn: (a(t), what the model reads), a(t) = wte(x(t)) + gamma R_(-1) a(t-1).
 
-    a: a(t-1), float32 [..., D], or None at the first turn.  tokens: int32 or int64 [...].
-    embedding: float [V, D].  gamma in [0, 1]; rotate: R, for even D; normalize: the RMSNorm (eps
-    1e-6) of what is read.  Returns a(t) in float32 and what is read in the embedding's dtype, both
-    new, without gradient.  NaN propagates.
+    a: a(t-1), float32 [..., D], or None at the first turn.  tokens: int32 or int64 [...].  The
+    rest: as in history_embedding.  Returns a(t) in float32 and what is read in the embedding's
+    dtype, both new, without gradient.  NaN propagates.
     """
     check_history(embedding, gamma, rotate)
     check_ids("tokens", tokens, None, embedding.device, 0, len(embedding))
@@ -705,8 +701,7 @@ def history_step(
     if a is not None:
         check_tensor("a", a, new.shape, torch.float32, embedding.device)
         a = a.contiguous() if gamma else None
-    read = _run_history(tokens.unsqueeze(0), embedding, gamma, rotate, normalize, a, new)
-    return new, read
+    return new, _run_history(tokens.unsqueeze(0), embedding, gamma, rotate, normalize, a, new)
 
 
 def history_sum(
@@ -715,13 +710,11 @@ def history_sum(
 ) -> Tensor:  # fmt: skip
     """Eq. 2 as the closed sum over states x(0), ..., x(t), with its gradient to the embedding.
 
-    states: int32 or int64 [t+1, ...], oldest first; -1 where a sequence has no state yet, which
-    adds nothing.  embedding, gamma, rotate, normalize: as in history_step.  Returns [..., D] in
-    the embedding's dtype.  NaN propagates.
+    states: int32 or int64 [t+1, ...], oldest first; -1, no state yet, adds nothing.  The rest: as
+    in history_embedding.  Returns [..., D] in the embedding's dtype.  NaN propagates.
     """
     check_history(embedding, gamma, rotate)
-    shape = [*states.shape]
-    require(shape and shape[0] > 0, f"states must be [T+1, ...] with T >= 0, got {shape}")
+    require(states.ndim and len(states), f"states must be [t+1, ...], got {[*states.shape]}")
     check_ids("states", states, None, embedding.device, -1, len(embedding))
     use_triton("triton", embedding)
     return _HistorySum.apply(states if gamma else states[-1:], embedding, gamma, rotate, normalize)
@@ -902,10 +895,9 @@ def revision_cross_entropy(
     2 keep, -1 no loss.  A part is the sum over its role's positions divided by the number of
     positions with any role, 0 where there are none; total is their sum by the weights and alone has
     a gradient.  NaN, +inf and rows of -inf in a counted row propagate as in F.cross_entropy;
-    ignored rows are not read.
-    With head, logits exist for max(2,048 rows, 64 MiB) at a time, gradients are computed on the way
-    forward, and the number of counted rows is asked of the device once: a CUDA graph and
-    torch.compile(fullgraph=True) then refuse.
+    ignored rows are not read.  With head, logits exist for max(2,048 rows, 64 MiB) at a time,
+    gradients are computed on the way forward, and the number of counted rows is asked of the device
+    once: a CUDA graph and torch.compile(fullgraph=True) then refuse.
     """
     vocabulary = check_logits(inputs, head, bias)
     require(len(weights) == 3, f"weights must be three numbers, got {weights}")

@@ -10,11 +10,10 @@ Huang, Zhou, 2026, arXiv 2606.16700.  Part I is the method:
     5. MaskDiffusionTransformer        the network: input embeddings -> logits
     6. demo                            all of it on a toy:  python reflective_masking.py
 
-Part II is training and files for the scripts; Part I uses nothing of it: with history.py and
-kernels.py it is the whole method.  Shapes: B sequences, N positions, V tokens with MASK, D width.
-What differs from the paper: a role's loss is divided by the number of all editable positions, so
-that the three add up to the plain cross-entropy; Sudoku's attention has a bias for cells that share
-a row, column or box (TransformerConfig).
+Part II is training and files; Part I, history.py and kernels.py are the whole method.  Shapes: B
+sequences, N positions, V tokens with MASK, D width.  What differs from the paper: a role's loss is
+divided by the number of all editable positions, so that the three add up to the plain
+cross-entropy; Sudoku's attention has a bias for cells that share a row, column or box.
 """
 
 from collections.abc import Callable
@@ -45,13 +44,12 @@ def decide(
         x != M and p(M) <= p(x)     keep:    x
         x  = M                      reveal:  argmax over V without M
 
-    logits: float [B, N, V]; or, if head (the output weight [V, D], with bias [V]) is given, hidden
-    states [B, N, D]: then only masked positions get rows of logits.  tokens: int64 [B, N].
-    editable: bool [B, N] or [N]; elsewhere nothing changes.  reveal: at most that many reveals a
-    sequence (int, or int64 [B]), the most confident first; None: all; re-masks are not limited.
-    allow_remask, allow_reveal switch one kind off.  impl: "torch", "triton" or None, triton on a
-    GPU.  Returns int64 [B, N].  Ties reveal the lowest id; NaN never re-masks and wins the argmax.
-    ValueError: wrong shapes.
+    logits: float [B, N, V]; or, with head, the output weight [V, D], and bias [V] or None, hidden
+    states [B, N, D]: only masked positions get logits.  tokens: int64 [B, N].  editable: bool
+    [B, N] or [N]; elsewhere nothing changes.  reveal: at most that many reveals a sequence (int, or
+    int64 [B]), the most confident first; None: all.  allow_remask, allow_reveal switch one kind
+    off.  impl: "torch", "triton" or None, triton on a GPU.  Returns int64 [B, N].  Ties reveal the
+    lowest id; NaN never re-masks and wins the argmax.  ValueError: wrong shapes.
     """
     editable = check_decision(logits, tokens, mask_id, editable, head, bias)
     if not allow_reveal:  # then no masked row need be read
@@ -147,13 +145,12 @@ def revision_loss(
     """The cross-entropy to the oracle action over the editable positions, split by role.
 
     A part is the sum over its role's positions divided by the number of positions with any role:
-    with weights (1, 1, 1) total is the plain mean; a role without positions counts 0.  At the
-    minimum, on training states, a visible position has all its mass on {x, M}, and p(x) is the
-    probability that x is right, so that Eq. 1 re-masks what is more likely wrong; at a masked one p
-    is the posterior of x*.  logits: float [..., V]; or, if head [V, D] (with bias [V]) is given,
-    hidden states [..., D], whose logits a GPU forms a block of rows at a time.  target, role: int64
-    [...] of oracle_action.  weights: of reveal, re-mask, keep; unequal ones of the last two move
-    p(x).  ValueError: wrong shapes.
+    with weights (1, 1, 1) total is the plain mean.  At the minimum, on training states, a visible
+    position has all its mass on {x, M}, and p(x) is the probability that x is right, so that Eq. 1
+    re-masks what is more likely wrong; at a masked one p is the posterior of x*.  logits: float
+    [..., V]; or, if head [V, D] (with bias [V]) is given, hidden states [..., D], whose logits a
+    GPU forms a block of rows at a time.  target, role: int64 [...] of oracle_action.  weights: of
+    reveal, re-mask, keep; unequal ones of the last two move p(x).  ValueError: wrong shapes.
     """
     if use_triton(impl, logits):
         parts = kernels.revision_cross_entropy(logits, target, role, weights, head, bias)
@@ -227,16 +224,14 @@ def sample_trajectory(
         mask                          M before mu, then x*;  mu ~ U{1..T}
     clean: int64 [B, N], x*.  editable: bool [B, N], the positions that take part: all that may
     change (the paper) or some, so that x(0) holds right tokens too.  wrong: int64 [B, N].
-    p_wrong (0.5 is ours): a number, or a float tensor that broadcasts to [B, N].  Train on x(t),
-    t ~ U{0..T-1}.  Returns int64 [T+1, B, N].  ValueError: wrong shapes.
+    p_wrong (0.5 is ours): a number, or a float or bool tensor that broadcasts to [B, N].  Train on
+    x(t), t ~ U{0..T-1}.  Returns int64 [T+1, B, N].  ValueError: wrong shapes.
     """
     fits = wrong.shape == clean.shape == editable.shape
     shapes = f"{[*editable.shape]} and {[*wrong.shape]}, clean is {[*clean.shape]}"
     require(fits, f"editable and wrong must fit clean, got {shapes}")
     require(T >= 2, f"T must be at least 2, got {T}")
-
-    def uniform() -> Tensor:
-        return torch.rand(clean.shape, generator=generator, device=clean.device)
+    uniform = partial(torch.rand, clean.shape, generator=generator, device=clean.device)
 
     def time_from(low: Tensor | int, high: int) -> Tensor:  # ~ U{low..high}
         return low + (uniform() * (high + 1 - low)).long()
@@ -310,8 +305,7 @@ def revise(
     require(compatible, "head and reveal belong to Eq. 1, which rule replaces")
     eq1 = partial(decide, head=head, bias=bias, impl=impl)
     rule = rule or (lambda *now, editable, **_: eq1(*now, editable, reveal))
-    editable = torch.tensor(True, device=tokens.device) if editable is None else editable
-    editable = editable.expand_as(tokens)
+    editable = torch.ones_like(tokens).bool() if editable is None else editable.expand_as(tokens)
     locked = (tokens == mask_id) & ~editable
     require(not locked.any(), "tokens has MASK at a position that editable locks")
     context = context or {}
@@ -365,8 +359,7 @@ class TransformerConfig:
     coordinates: N rows of K small integers, where each position is along each axis; None: its
     index.  With K >= 2 (ours) every head learns one bias for each combination of coordinates that
     two positions share: same row, same row and column, ...
-    positions: "learned" adds an embedding for each coordinate; "both" also rotates queries and keys
-    by the first two (rotary positions; nothing to do with Eq. 2).
+    positions: "learned" embeds coordinates; "both" also rotates queries and keys by the first two.
     """
 
     vocabulary: int  # V, MASK included
@@ -551,8 +544,7 @@ def train(
     baselines.  compile: torch.compile the network.  checkpoint: a file, written every
     checkpoint_every steps and at Ctrl-C, with notes; where it exists the run goes on from it, on
     CPU with the result of an unbroken run.  Under torchrun P processes share each batch, and train
-    as one would.
-    stats: loss, reveal, remask, keep (nats, 0-d tensors), seconds of training.
+    as one would.  stats: loss, reveal, remask, keep (nats, 0-d tensors), seconds of training.
     InputError: the loss or its gradient is not finite; the last checkpoint stays.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -564,19 +556,17 @@ def train(
         network = nn.parallel.DistributedDataParallel(network)
     optimization = make_optimizers(model, learning_rate, muon_factor, warmup, steps)
     generator = torch.Generator(device)
-    start = 0
-    seconds = 0.0
+    saved = {"step": 0, "seconds": 0.0}
     if checkpoint and checkpoint.exists():
         saved = read_torch(checkpoint, device)
         with naming(checkpoint, "does not fit"):
             model.load_state_dict(saved["model"])
             for part, state in zip(optimization, saved["optimization"], strict=True):
                 part.load_state_dict(state)
-        start = saved["step"]
-        seconds = saved["seconds"]
+    seconds = saved["seconds"]
 
     with signals_wait() as received:
-        for step in range(start, steps):
+        for step in range(saved["step"], steps):
             began = time.perf_counter()
             generator.manual_seed(seed * 1_000_003 + step)
             states, clean, editable, *position_weight = sample(batch_size, generator)
@@ -603,7 +593,7 @@ def train(
                     "seconds": seconds,
                     "notes": notes,
                 }
-                replace_file(checkpoint, partial(torch.save, saved))
+                replace_file(checkpoint, partial(torch.save, saved), tell=False)
             if received:
                 how = "the same command goes on from here" if checkpoint else "nothing was saved"
                 raise InputError(f"stopped after step {step + 1}: {how}")
@@ -612,15 +602,12 @@ def train(
 def make_optimizers(
     model: nn.Module, learning_rate: float, muon_factor: float, warmup: int, steps: int
 ) -> list:
-    """[AdamW, Muon for the matrices of the blocks], then a schedule each: warm-up and cosine.
-
-    Muon's rate is muon_factor times AdamW's, as its update has about the spectral norm 1.
-    """
+    """[AdamW, Muon for the matrices of the blocks], then a schedule each: warm-up and cosine."""
     matrices = [p for p in model.blocks.parameters() if p.ndim == 2 and min(p.shape) >= 16]
     chosen = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in chosen]
     optimizers = [torch.optim.AdamW(others, learning_rate, betas=(0.9, 0.98), weight_decay=0.0)]
-    if matrices:
+    if matrices:  # Muon's update has about the spectral norm 1: it needs a higher rate
         muon = torch.optim.Muon if has_bf16(matrices[0].device) else Float32Muon
         optimizers.append(muon(matrices, muon_factor * learning_rate, weight_decay=0.01))
 
@@ -631,8 +618,7 @@ def make_optimizers(
 
 
 class Float32Muon(torch.optim.Muon):
-    """torch's Muon without bf16, which a processor that only emulates it multiplies 20 times
-    slower: 0.04 instead of 0.87 s a step of a Sudoku model, whose other work takes 0.6 s."""
+    """torch's Muon without bf16, in which a processor that only emulates it is 20 times slower."""
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
@@ -682,8 +668,7 @@ def mask_loss(logits: Tensor, target: Tensor, role: Tensor, weight: Tensor) -> R
     masked = role == REVEAL
     loss = F.cross_entropy(wide(logits[masked]), target[masked], reduction="none")
     total = (loss * weight[masked]).sum() / max(loss.numel(), 1)
-    nothing = total.new_zeros(())
-    return RevisionLoss(total, total.detach(), nothing, nothing)
+    return RevisionLoss(total, total.detach(), *total.new_zeros(2))
 
 
 @contextlib.contextmanager
@@ -733,8 +718,6 @@ class Run:
 
     def show(self, step: int, steps: int, stats: dict, scores: dict | None = None) -> None:
         """A line with losses, last scores and time left; given scores, a point of the curve too."""
-        if not is_main_process():
-            return
         point = {"step": step, "minutes": stats["seconds"] / 60}
         point |= {name: float(stats[name]) for name in ("reveal", "remask", "keep")}
         if scores is not None:
@@ -742,8 +725,7 @@ class Run:
         shown = (self.curve[-1] if self.curve else {}) | point
         text = " ".join(f"{name} {shown[name]:.3f}" for name in [*shown][2:])
         left = stats["seconds"] / step * (steps - step)
-        line = f"{self.path.name} {step}/{steps} {text} {left // 60:.0f}:{left % 60:02.0f} left"
-        print(line, flush=True)
+        say(f"{self.path.name} {step}/{steps} {text} {left // 60:.0f}:{left % 60:02.0f} left")
 
     def finish(self, model: nn.Module, task: str, **record) -> dict:
         """The record, completed; writes it beside the checkpoint, which holds it as its info."""
@@ -856,25 +838,24 @@ def provenance(device: torch.device) -> dict:
     }
 
 
-def replace_file(path: Path, write: Callable[[Path], None]) -> None:
-    """write(a temporary file), then a rename: a killed run leaves the old file or the new one.
-
-    A link is followed, and what is no regular file (a pipe, a device) is written into.
-    """
-    regular = path.is_file() or not path.exists()
-    path = path.resolve() if regular else path
-    folder = path.parent if regular else Path(tempfile.gettempdir())
+def replace_file(path: Path, write: Callable[[Path], None], tell: bool = True) -> None:
+    """write(a temporary file), then a rename: a killed run leaves the old file or the new one."""
+    regular = path.is_file() or not path.exists()  # else, a pipe or a device, it is written into
+    target = path.resolve() if regular else path  # a link is followed
+    folder = target.parent if regular else Path(tempfile.gettempdir())
     temporary = folder / f"{path.name}.{os.getpid()}.tmp"
     with naming(path, "cannot be written"):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             write(temporary)
             if regular:
-                os.replace(temporary, path)
+                os.replace(temporary, target)
             else:
                 path.write_bytes(temporary.read_bytes())
         finally:
             temporary.unlink(missing_ok=True)
+    if tell:
+        print(f"wrote {path}", flush=True)
 
 
 def write_json(path: Path | None, contents: dict | list) -> None:
@@ -882,7 +863,6 @@ def write_json(path: Path | None, contents: dict | list) -> None:
     if path and is_main_process():
         text = json.dumps(contents, indent=1) + "\n"
         replace_file(path, lambda file: file.write_text(text, encoding="utf-8"))
-        print(f"wrote {path}", flush=True)
 
 
 def read_lines(path: Path) -> list[tuple[int, str]]:
@@ -898,9 +878,8 @@ def fingerprint(*data: Tensor | str) -> str:
     """A checksum of what a model is trained and scored on, so that other data is noticed."""
     checksum = 0
     for part in data:
-        text = isinstance(part, str)
-        raw = part.encode() if text else part.cpu().contiguous().numpy().tobytes()
-        size = len(raw) if text else [*part.shape]
+        raw = part.encode() if isinstance(part, str) else part.cpu().numpy().tobytes()
+        size = len(raw) if isinstance(part, str) else [*part.shape]
         checksum = zlib.crc32(f"{size} ".encode() + raw, checksum)
     return f"{checksum:08x}"
 
@@ -910,7 +889,6 @@ def save_checkpoint(path: Path, model: MaskDiffusionTransformer, task: str, **in
     state = {name: value.detach().cpu() for name, value in model.state_dict().items()}
     contents = {"task": task, "config": asdict(model.config), "model": state, "info": info}
     replace_file(path, partial(torch.save, contents))
-    print(f"wrote {path}", flush=True)
 
 
 def load_checkpoint(
@@ -919,9 +897,8 @@ def load_checkpoint(
 ) -> tuple[MaskDiffusionTransformer, dict]:  # fmt: skip
     """The model, in evaluation mode, and the info saved with it; no code in the file is run.
 
-    needs: what info must hold.  build: makes the model from info, in place of the config.  Raises
-    InputError when the file is missing, is no checkpoint of this project, belongs to another task,
-    or has weights that are not finite.
+    needs: what info must hold.  build: makes the model from info, in place of the config.
+    InputError: the file is missing, no checkpoint or another task's, or its weights not finite.
     """
     saved = read_torch(path, device)
     found = saved.get("task", "none: a training state, not a model")
@@ -957,10 +934,7 @@ def wilson_interval(successes: int, count: int) -> tuple[float, float]:
 
 
 def bootstrap_interval(values: list[int], draws: int = 10_000) -> tuple[float, float]:
-    """The 95 % interval of the mean of values, one a prompt or board, by resampling these.
-
-    The draws are the same for as many values, so differences make it a paired bootstrap.
-    """
+    """The 95 % interval of the mean of values, one a prompt or board, by resampling these."""
     values = torch.tensor(values, dtype=torch.float)
     generator = torch.Generator().manual_seed(0)
     means = []
@@ -991,7 +965,6 @@ def new_figure(rows: int = 1, columns: int = 1, width: float = 6.0, height: floa
 def save_figure(figure, path: Path) -> None:
     """Writes the figure as PNG by rename, and says so."""
     replace_file(path, lambda file: figure.savefig(file, dpi=150, format="png"))
-    print(f"wrote {path}", flush=True)
 
 
 def draw_lines(
@@ -1021,9 +994,8 @@ def draw_lines(
 class Options(argparse.ArgumentParser):
     """argparse with errors of one line, and groups that name the modes that read them.
 
-    An option given in a mode that would ignore it is an error; a group without modes is read in
-    all.  parse adds args.mode, by mode_of(args), and args.given, the names of the options given;
-    small: what --smoke sets where it was not given.
+    An option given in a mode that would ignore it is an error.  parse adds args.mode and
+    args.given, the names of the options given.  small: what --smoke sets where it was not given.
     """
 
     def group(self, title: str, *modes: str) -> Callable[..., None]:

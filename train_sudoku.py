@@ -92,10 +92,7 @@ def random_board(rng: random.Random) -> list[int]:
 
 
 def minimal_puzzle(board: list[int], rng: random.Random) -> list[int]:
-    """The board with holes, dug in random order while the solution stays the only one; 0.1 s.
-
-    A cell becomes a hole if no solution has another digit there.  24.5 clues on average.
-    """
+    """The board with holes, dug in random order while it is the only solution: 0.1 s, 24 clues."""
     puzzle = list(board)
     cells = list(range(81))
     rng.shuffle(cells)
@@ -104,7 +101,7 @@ def minimal_puzzle(board: list[int], rng: random.Random) -> list[int]:
         holes = [hole for hole in cells if puzzle[hole] == MASK]
         options = {hole: ANY - {puzzle[peer] for peer in PEERS_OF[hole]} for hole in holes}
         options[cell].remove(board[cell])
-        if complete(options) is not None:
+        if complete(options) is not None:  # a solution with another digit there: no hole
             puzzle[cell] = board[cell]
     return puzzle
 
@@ -202,9 +199,8 @@ def sample_starts(
     """What training revises: start, clean, int64 [B, 81], editable, bool [B, 81].
 
     Half are boards, all editable, half puzzles with at most 60 locked clues; half of these start
-    empty, else a share of the rest is filled.  A filled editable cell is wrong with a probability
-    that each row draws from U(0, 0.5).  puzzles: random_puzzles, on the generator's device; each is
-    shown under a random symmetry.
+    empty, else a share of the rest is filled.  Filled editable cells are wrong with a probability
+    ~ U(0, 0.5) of the row.  puzzles: of random_puzzles, on the generator's device, shown permuted.
     """
     device = generator.device
     uniform = partial(torch.rand, generator=generator, device=device)
@@ -231,8 +227,7 @@ def sample_batch(
     """A Batch for rm.train: a state x(t), t ~ U{0..5}, of a trajectory from sample_starts.
 
     In half of the rows all wrong cells start wrong, as the task does; in the others a random share,
-    the rest masked.  plain: boards with masks alone, a uniform share of the cells, and a loss there
-    only (mask diffusion).
+    the rest masked.  plain: mask diffusion, a uniform share of masks, which alone have a loss.
     """
     uniform = partial(torch.rand, generator=generator, device=generator.device)
     start, clean, editable = sample_starts(batch_size, generator, puzzles)
@@ -259,14 +254,11 @@ def direct_replacement(logits, tokens, mask_id, editable, **_) -> Tensor:
 
 
 def remask_least_confident(logits, tokens, mask_id, editable, turn: int, max_turns: int) -> Tensor:
-    """The tokens of least probability are re-masked, in the next turn revealed, and so on.
-
-    Their number falls linearly from 20, the largest number of wrong cells, to 0 at max_turns.
-    """
+    """The tokens of least probability are re-masked, in the next turn revealed, and so on."""
     if (tokens == mask_id).any():
         return rm.decide(logits, tokens, mask_id, editable, allow_remask=False)
     score = logits[..., 1:].log_softmax(-1).gather(-1, tokens.unsqueeze(-1) - 1).squeeze(-1)
-    count = round(20 * (1 - turn / max_turns))
+    count = round(20 * (1 - turn / max_turns))  # linearly from 20, the most wrong cells, to 0
     lowest = score.argsort(-1).argsort(-1) < count
     return tokens.masked_fill(lowest & editable, mask_id)
 
@@ -280,10 +272,7 @@ REPLACEMENT = {
     "one-shot": {"rule": direct_replacement, "max_turns": 1},
     "direct replacement": {"rule": direct_replacement},
 }
-EQ1 = {
-    "one reveal a turn": {"reveal": 1, "max_turns": 100},  # a reveal sees the one before
-    "Eq. 1": {},
-}
+EQ1 = {"one reveal a turn": {"reveal": 1, "max_turns": 100}, "Eq. 1": {}}
 DECODINGS = {  # of each variant: what a row of the table is called -> options of evaluate
     **{variant: EQ1 for variant in VARIANTS},
     "plain": {**REPLACEMENT, "low-confidence re-masking": {"rule": remask_least_confident}},
@@ -304,25 +293,17 @@ def revise_boards(
     history = HistoryReference(model.embedding.detach(), gamma, rotate)
     start = start.to(model.embedding.device)
     editable = (start == MASK) | (not solve)
-    # With history, or a rule that knows its turn, a state that returns is no dead end: some boards
-    # that come back three times are repaired later (LOG.md, Patience).
+    # With history, or a rule that knows its turn, a state that returns is no dead end (LOG.md).
     patience = max_turns if gamma or rule else None
     how = {"trace": True, "patience": patience, "rule": rule}
     return rm.revise(model, start, MASK, history, max_turns, editable, reveal, **how)
 
 
 def evaluate(trained: tuple, clean: Tensor, start: Tensor, max_turns: int = 32, **how) -> dict:
-    """The four metrics of revising start towards clean, int64 [n, 81] both; shares as fractions.
-
-    how: of revise_boards.  right: one character per board, "1" if exact, for paired tests.
-    """
+    """The four metrics of revising start towards clean, int64 [n, 81] both; shares as fractions."""
     began = time.perf_counter()
-    results = []
-    mistakes = []
-    for rows in torch.arange(len(clean)).split(500):  # boards at a time
-        result = revise_boards(trained, start[rows], max_turns, **how)
-        results.append(result)
-        mistakes.append(replay_mistakes(result.trace.cpu(), clean[rows]))
+    results = [revise_boards(trained, part, max_turns, **how) for part in start.split(500)]
+    mistakes = [replay_mistakes(r.trace.cpu(), part) for r, part in zip(results, clean.split(500))]
 
     n = len(clean)
     tokens = torch.cat([result.tokens for result in results]).cpu()
@@ -342,12 +323,12 @@ def evaluate(trained: tuple, clean: Tensor, start: Tensor, max_turns: int = 32, 
         "mean_turns": sum(turn for result in results for turn in result.turns) / n,
         "params": sum(p.numel() for p in trained[0].parameters()),
         "seconds": time.perf_counter() - began,
-        "right": "".join("01"[right] for right in exact.tolist()),
+        "right": "".join("01"[right] for right in exact.tolist()),  # a board each, for paired tests
     }
 
 
 # ------------------------------------------------------------------------------------------------
-# Training
+# Training, and watching a revision
 
 
 def new_model(device: torch.device | str = "cpu") -> rm.MaskDiffusionTransformer:
@@ -357,9 +338,8 @@ def new_model(device: torch.device | str = "cpu") -> rm.MaskDiffusionTransformer
 
 
 def train_variant(
-    variant: str, out: Path, device: torch.device, seed: int = 0, minutes: float | None = 15,
-    steps: int | None = None, gamma: float | None = None, rotate: bool | None = None,
-    compile: bool = False, n: int = 2000, max_turns: int = 32,
+    variant: str, out: Path, device: torch.device, seed: int, minutes: float, steps: int | None,
+    gamma: float | None, rotate: bool | None, compile: bool, n: int, max_turns: int,
     puzzles: int = 500, validation: int = 300,
 ) -> dict:  # fmt: skip
     """Trains a variant, or goes on, and scores it; writes OUT/<variant>_seed<seed>.pt and .json.
@@ -376,13 +356,9 @@ def train_variant(
     gamma = VARIANTS[variant][0] if gamma is None else gamma
     rotate = VARIANTS[variant][1] if rotate is None else rotate
     options = {"gamma": gamma, "rotate": rotate, "compile": compile}
-    settings = {
-        **options,
-        "minutes": None if steps else minutes,
-        "steps": steps,
-        "max_turns": max_turns,
-        "data": rm.fingerprint(dug, held_out, start, clean, test),
-    }
+    data = rm.fingerprint(dug, held_out, start, clean, test)
+    length = {"steps": steps} if steps else {"minutes": minutes}
+    settings = {**options, **length, "max_turns": max_turns, "data": data}
     run = rm.Run(out / f"{variant}_seed{seed}", settings)
     if run.record:
         return run.record
@@ -460,10 +436,6 @@ def print_table(rows: dict[str, dict]) -> None:
     print(f"ours: n = {row['n']} boards, 95 % intervals; the paper's boards are not published")
 
 
-# ------------------------------------------------------------------------------------------------
-# Watching it
-
-
 def show_turn(now: Tensor, before: Tensor) -> str:
     """A board as text: _ masked, -_ re-masked, +5 revealed in this turn, 5! breaks a rule."""
     text = ""
@@ -519,9 +491,8 @@ def parse_board(text: str, where: str = "the board", puzzle: bool = False) -> Te
 def read_grids(path: Path) -> Iterator[tuple[str, list[str]]]:
     """(where, [a board, or a puzzle and its solution]) of files as people have them.
 
-    A line of 81 characters or of two such, with spaces or commas between (an id or a rating beside
-    them is passed over), or nine lines of nine.  # starts a comment; rulers and titles
-    (quizzes,solutions; Grid 01) are passed over.
+    A line of 81 characters or of two such, with spaces or commas between, or nine lines of nine.
+    # starts a comment; ids, ratings, rulers and titles (quizzes,solutions) are passed over.
     """
     rows = []  # of a board in nine lines
     for number, line in rm.read_lines(path):
@@ -544,10 +515,7 @@ def read_grids(path: Path) -> Iterator[tuple[str, list[str]]]:
 
 
 def read_boards(path: Path, n: int, solved: bool) -> tuple[Tensor, Tensor]:
-    """The first n puzzles and their solutions, int64 [n, 81] both; MASK where there is none.
-
-    solved: every line must have a complete valid board.
-    """
+    """The first n puzzles and solutions, int64 [n, 81], MASK where none.  solved: all have one."""
     pairs = []
     for where, texts in islice(read_grids(path), n):
         puzzle = parse_board(texts[0], where, puzzle=True)
@@ -639,14 +607,12 @@ def use_checkpoint(args, device: torch.device) -> dict:
         board = parse_board(args.solve or args.revise, puzzle=solve)
         return show_revision(trained, board, solve=solve, **how)
 
-    if solve:
-        start, clean = read_boards(args.puzzles, args.n, solved=False)
+    seed = TEST_SEED + args.seed
+    if solve or args.boards:
+        start, clean = read_boards(args.puzzles or args.boards, args.n, solved=not solve)
     else:
-        seed = TEST_SEED + args.seed
-        if args.boards:
-            _, clean = read_boards(args.boards, args.n, solved=True)
-        else:
-            clean = random_boards(args.n, seed)
+        clean = random_boards(args.n, seed)
+    if not solve:
         start = corrupt(clean, seed, *args.corrupt)
     score = evaluate(trained, clean, start, rule=rule, solve=solve, **how)
     if solve:

@@ -321,10 +321,7 @@ def read_problems(
     path: Path, words: bool = False, prompt_key: str = "prompt", answer_key: str = "answer",
     max_length: int = 10**9,
 ) -> list[Problem]:  # fmt: skip
-    """JSON objects, one a line; InputError names the file and the line.
-
-    With prompt_key instruction a field input is part of the prompt (alpaca).
-    """
+    """JSON objects, one a line; InputError names the file and the line."""
     problems = []
     lines = rm.read_lines(path)
     for number, line in lines:
@@ -333,7 +330,7 @@ def read_problems(
         with rm.naming(where, f"must be {wanted}"):
             found = json.loads(line)
             prompt, answer = found[prompt_key], found[answer_key]
-            if prompt_key == "instruction" and found.get("input"):
+            if prompt_key == "instruction" and found.get("input"):  # alpaca: of the prompt
                 prompt = f"{prompt} {found['input']}"
             rm.require(prompt.encode() and answer.encode(), "a text is empty")
         if all(len(split(text, words)) <= max_length for text in (prompt, answer)):
@@ -367,14 +364,11 @@ def grade(problems: list[Problem], answers: list[str]) -> list[bool]:
 
 
 def has_right_result(problem: Problem, answer: str) -> bool:
-    """Whether it is the reference; where that has ####, as in gsm8k, what follows the last decides.
-
-    In math it may be any positive integers that solve the prompt (SOLVES).
-    """
+    """Whether it is the reference; where that has #### (gsm8k), what follows the last decides."""
     if "####" not in problem.answer or "####" not in answer:
         return answer == problem.answer
     result, reference = (x.rpartition("####")[2].strip() for x in (answer, problem.answer))
-    solves = SOLVES.get(problem.prompt.rpartition(": ")[2])
+    solves = SOLVES.get(problem.prompt.rpartition(": ")[2])  # math: any positive integers that do
     if problem.task != "math" or solves is None:
         return result == reference
     values, given = ([int(n) for n in re.findall(r"\d+", x)] for x in (result, problem.prompt))
@@ -447,7 +441,8 @@ def sample_masks(
 ) -> rm.Batch:
     """Plain mask diffusion: m of the answer's N positions are masked, m uniform in 1..N.
 
-    In a share prompt_share of the rows the prompt's too.  Weight: LLaDA's N/m, scaled to mean 1.
+    In a share prompt_share of the rows the prompt's too.  Weight: LLaDA's 1/t, here 1/m, scaled to
+    mean 1: every row weighs the same.
     """
     uniform = partial(torch.rand, generator=generator, device=pool.device)
     clean = pool[torch.randint(len(pool), (batch_size,), generator=generator, device=pool.device)]
@@ -567,12 +562,13 @@ def decode(model: Model, info: dict, rows: Tensor, passes: int) -> Iterator[rm.R
     """Answers Tokenizer.rows in at most `passes` forward passes; a Revision for every 256 rows.
 
     All variants reveal by reveal_at_pace; rm and history re-mask by Eq. 1.  The haste is the one
-    chosen for the largest scored number of passes that is not above `passes`, else 1.
+    chosen for the scored number of passes that is nearest to `passes` in ratio, else 1.
     """
     length = info["tokenizer"]["answer_length"]
     device = model.embedding.device
     editable = torch.arange(rows.shape[1], device=device) >= rows.shape[1] - length
-    haste = [1, *(haste for count, haste in info["haste"] if count <= passes)][-1]
+    ratio = lambda scored: max(scored[0] / passes, passes / scored[0])
+    _, haste = min(info["haste"], key=ratio, default=(passes, 1))
     rule = partial(reveal_at_pace, haste=haste, allow_remask=info["variant"] in REVISING)
 
     denoiser = rm.mixed_precision(device)(model)
@@ -605,15 +601,12 @@ def evaluate(model: Model, info: dict, problems: list[Problem], passes: int) -> 
 def evaluate_all(
     model: Model, info: dict, test: list[Problem], passes: list[int] | None, validation: list = ()
 ) -> list[dict]:
-    """A score for each number of forward passes: those given, or N/16 to N of the answer length N.
-
-    validation: problems; first the one of HASTES that gets most of them right goes into info.
-    """
+    """A score for each number of forward passes: those given, or N/16 to N for answers of N."""
     length = info["tokenizer"]["answer_length"]
     usual = {max(1, round(length * 2**power)) for power in range(-4, 1)}
     scores = []
     for count in sorted(passes or usual):
-        if validation:
+        if validation:  # first the one of HASTES that gets most of these right goes into info
             tried = [info | {"haste": [(count, haste)]} for haste in HASTES]
             best = max(tried, key=lambda how: evaluate(model, how, validation, count)["accuracy"])
             info["haste"] += best["haste"]
@@ -648,14 +641,11 @@ def train_variant(
     variant: str, config: TransformerConfig, data: Data, pool: Tensor, steps: int, out: Path,
     passes: list[int] | None = None, law: str = "ours", compile: bool = False, seed: int = 0,
 ) -> dict:  # fmt: skip
-    """Trains a variant, going on if interrupted, and scores it; or returns its finished record.
-
-    The base comes first; SFT and RM start from it.
-    """
+    """Trains a variant, going on if interrupted, and scores it; or returns its finished record."""
     torch.manual_seed(seed)
     model = Model(config).to(pool.device)
     base = None
-    if variant != "base":
+    if variant != "base":  # which was trained before: all others start from it
         base, _ = rm.load_checkpoint(out / f"{data.name}_base_seed0.pt", "text", pool.device)
         model.load_state_dict(base.state_dict())
     settings = {
@@ -702,10 +692,7 @@ def train_all(
     data: Data, out: Path, device: torch.device, base_steps: int, steps: int,
     history: bool = False, size: tuple[int, int] = SIZE, seed: int = 0, **options,
 ) -> dict:  # fmt: skip
-    """Every variant, then table and figure.  size: width, layers.  options: of train_variant.
-
-    seed: of what follows the base, whose own is 0, so that several seeds share it in one folder.
-    """
+    """Every variant, then table and figure.  size: width, layers.  options: of train_variant."""
     check_test(data.tokenizer, data.test)
     pool = data.tokenizer.rows(data.train, answers=True).to(device)
     shape = (len(data.tokenizer.shown), pool.shape[1], *size)
@@ -713,7 +700,7 @@ def train_all(
     plan = {"base": base_steps} | dict.fromkeys(["sft", "rm"] + ["history"] * history, steps)
     records = {}
     for variant, count in plan.items():
-        options["seed"] = 0 if variant == "base" else seed
+        options["seed"] = 0 if variant == "base" else seed  # seeds share the base of a folder
         records[variant] = train_variant(variant, config, data, pool, count, out, **options)
     if not rm.is_main_process():
         return {}

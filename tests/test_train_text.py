@@ -469,7 +469,7 @@ def test_haste_is_looked_up_by_passes():
     model = small_model(tokenizer)
     for variant in ("rm", "sft"):
         info = info_of(tokenizer, variant, haste=[(n // 4, 2), (n // 2, 1.5), (n, 1)])
-        for passes, haste in ((n // 5, 1), (n // 3, 2), (n // 2, 1.5), (n, 1), (2 * n, 1)):
+        for passes, haste in ((n // 5, 2), (n // 3, 2), (n // 2, 1.5), (n, 1), (2 * n, 1)):
             (result,) = text.decode(model, info, rows, passes)
             masks = (result.trace == text.MASK).sum(-1)
             for turn in range(len(masks) - 1 if variant == "sft" else 1):  # Eq. 1 adds masks later
