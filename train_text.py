@@ -3,12 +3,12 @@
     python train_text.py                             base, SFT and RM on --task code: half an hour
     python train_text.py --task all --history        math, code and choice in turn; RM + history too
     python train_text.py --evaluate                  score the shipped checkpoint
-    python train_text.py --ask "number of x over 3|7 4:2|8 6:2" --passes 9      watch it revise
+    python train_text.py --ask "number of evens|4 3:1|5 8:1" --passes 9          watch it revise
     python train_text.py --data TRAIN.jsonl --test TEST.jsonl   lines {"prompt": ..., "answer": ...}
 
 A base learns plain mask diffusion; from it come vanilla SFT and RM, with the same data and steps.
 What differs from the paper: a million parameters on generated problems, prompts intact in
-post-training, mistakes of the base where part of the rest is masked too, Muon, what is called ours.
+post-training, mistakes that the base proposes with part of the answer visible, Muon, what is "ours".
 """
 
 import json
