@@ -8,7 +8,8 @@
 
 A base learns plain mask diffusion; from it come vanilla SFT and RM, with the same data and steps.
 What differs from the paper: a million parameters on generated problems, prompts intact in
-post-training, mistakes that the base proposes with part of the answer visible, Muon, what is "ours".
+post-training, mistakes that the base proposes with part of the answer visible, Muon, what is called
+ours.
 """
 
 import json
