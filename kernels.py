@@ -690,9 +690,10 @@ def history_step(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Eq. 2, one turn: (a(t), what the model reads), a(t) = wte(x(t)) + gamma R_(-1) a(t-1).
 
-    a: a(t-1), float32 [..., D], or None at the first turn.  tokens: int32 or int64 [...].  The
-    rest: as in history_embedding.  Returns a(t) in float32 and what is read in the embedding's
-    dtype, both new, without gradient.  NaN propagates.
+    a: a(t-1), float32 [..., D], or None at the first turn.  tokens: int32 or int64 [...].
+    embedding: float [V, D].  gamma in [0, 1]; rotate: R, for even D; normalize: the RMSNorm (eps
+    1e-6) of what is read.  Returns a(t) in float32 and what is read in the embedding's dtype, both
+    new, without gradient.  NaN propagates.
     """
     check_history(embedding, gamma, rotate)
     check_ids("tokens", tokens, None, embedding.device, 0, len(embedding))
@@ -711,7 +712,7 @@ def history_sum(
     """Eq. 2 as the closed sum over states x(0), ..., x(t), with its gradient to the embedding.
 
     states: int32 or int64 [t+1, ...], oldest first; -1, no state yet, adds nothing.  The rest: as
-    in history_embedding.  Returns [..., D] in the embedding's dtype.  NaN propagates.
+    in history_step.  Returns [..., D] in the embedding's dtype.  NaN propagates.
     """
     check_history(embedding, gamma, rotate)
     require(states.ndim and len(states), f"states must be [t+1, ...], got {[*states.shape]}")

@@ -331,7 +331,7 @@ def read_problems(
         with rm.naming(where, f"must be {wanted}"):
             found = json.loads(line)
             prompt, answer = found[prompt_key], found[answer_key]
-            if prompt_key == "instruction" and found.get("input"):  # alpaca: of the prompt
+            if prompt_key == "instruction" and found.get("input"):  # alpaca: part of the prompt
                 prompt = f"{prompt} {found['input']}"
             rm.require(prompt.encode() and answer.encode(), "a text is empty")
         if all(len(split(text, words)) <= max_length for text in (prompt, answer)):
@@ -369,7 +369,7 @@ def has_right_result(problem: Problem, answer: str) -> bool:
     if "####" not in problem.answer or "####" not in answer:
         return answer == problem.answer
     result, reference = (x.rpartition("####")[2].strip() for x in (answer, problem.answer))
-    solves = SOLVES.get(problem.prompt.rpartition(": ")[2])  # math: any positive integers that do
+    solves = SOLVES.get(problem.prompt.rpartition(": ")[2])  # math: any integers that solve it
     if problem.task != "math" or solves is None:
         return result == reference
     values, given = ([int(n) for n in re.findall(r"\d+", x)] for x in (result, problem.prompt))
@@ -500,11 +500,12 @@ def sample_revision(
     trajectory = rm.sample_trajectory(clean, moving, wrong, MASK, 6, starts_wrong, generator)
     turn = torch.randint(6, (batch_size,), generator=generator, device=pool.device)
 
-    how = (rank, masks, length, generator, remember)
-    revealed, moment = reveal_trajectory(clean, logits, *how)
-    trajectory, revealed = pad_sequence([trajectory, revealed]).unbind(1)  # equally long
-    trajectory = torch.where(in_reveal, revealed, trajectory)
-    turn = torch.where(in_reveal.squeeze(1), moment, turn)
+    if reveals:
+        how = (rank, masks, length, generator, remember)
+        revealed, moment = reveal_trajectory(clean, logits, *how)
+        trajectory, revealed = pad_sequence([trajectory, revealed]).unbind(1)  # equally long
+        trajectory = torch.where(in_reveal, revealed, trajectory)
+        turn = torch.where(in_reveal.squeeze(1), moment, turn)
     return rm.history_until(trajectory, turn), clean, editable
 
 
