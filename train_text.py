@@ -464,12 +464,14 @@ def sample_revision(
 ) -> rm.Batch:  # fmt: skip
     """Synthetic revisions of the answer; what is wrong was proposed by the frozen base.
 
-    Law "ours": three quarters of the rows stand before or after a parallel reveal: half show masks
-    and the truth, as SFT's do (reveal_trajectory).  In the others many tokens were proposed, drawn
-    from the base's TOP_K by its probabilities, truth included.  It read the answer without them and
-    without a random share of the rest, so that a mistake fits what stands around it.
+    Law "ours", of all rows: half show masks and the truth, as SFT's do; 3/16 masks of which the
+    base has just filled several at once; 1/16 what was wrong there re-masked (reveal_trajectory).
+    A quarter are drafts: about half of the tokens were drawn from the base's TOP_K by its
+    probabilities, truth included.  It read the answer without them and without a random share of
+    the rest, so that a mistake fits what stands around it.
     Law "paper": proposals in all rows, drawn from TOP_K evenly, never the truth, by a base that
-    reads the prompt alone.  In both, a quarter of the rows with proposals starts empty.
+    reads the prompt alone.  In both, a quarter of the drafts starts empty.  remember: turns
+    before a parallel reveal at most, which a history reads.
     """
     uniform = partial(torch.rand, generator=generator, device=pool.device)
     reveals, proposed = LAWS[law]
@@ -481,23 +483,23 @@ def sample_revision(
     masks = (uniform(batch_size, 1) * length).long() + 1  # uniform in 1..N, as SFT's
     rank = uniform(clean.shape).masked_fill(~editable, 2).argsort(-1).argsort(-1)  # random
     not_empty = uniform(batch_size, 1) > 0.25
-    share = uniform(batch_size, 1) * not_empty * 2 * proposed / 0.75  # its mean: 0.47, paper 0.3
-    starts_wrong = editable & (uniform(clean.shape) < share)
+    share = uniform(batch_size, 1) * not_empty * 2 * proposed / 0.75  # mean `proposed`, unless > 1
+    is_proposed = editable & (uniform(clean.shape) < share)
     unread = uniform(batch_size, 1) if law == "ours" else 1
-    unread = editable & (starts_wrong | (uniform(clean.shape) < unread))
+    unread = editable & (is_proposed | (uniform(clean.shape) < unread))
     probe = clean.masked_fill(torch.where(in_reveal, rank < masks, unread), MASK)
     with torch.no_grad(), rm.mixed_precision(pool.device):
         logits = base(history_embedding(probe.unsqueeze(0), base.embedding, 0.0, False)).float()
 
     if law == "paper":
-        wrong = rm.topk_wrong(logits, clean, MASK, TOP_K, generator)
+        proposal = rm.topk_wrong(logits, clean, MASK, TOP_K, generator)
     else:
         logits[..., MASK] = -torch.inf
         likely, tokens = logits.topk(min(TOP_K, logits.shape[-1] - 1), dim=-1)
         pick = torch.multinomial(likely.softmax(-1).flatten(0, 1), 1, generator=generator)
-        wrong = tokens.gather(-1, pick.view(*clean.shape, 1)).squeeze(-1)
-    moving = editable & ~(starts_wrong & (wrong == clean))  # a draw of the truth stands
-    trajectory = rm.sample_trajectory(clean, moving, wrong, MASK, 6, starts_wrong, generator)
+        proposal = tokens.gather(-1, pick.view(*clean.shape, 1)).squeeze(-1)
+    moving = editable & ~(is_proposed & (proposal == clean))  # a draw of the truth stands
+    trajectory = rm.sample_trajectory(clean, moving, proposal, MASK, 6, is_proposed, generator)
     turn = torch.randint(6, (batch_size,), generator=generator, device=pool.device)
 
     if reveals:
@@ -553,7 +555,7 @@ def reveal_at_pace(
     """A rule of rm.revise: of the masks, haste times their even share of the turns that are left.
 
     The most confident go first.  Haste 1 without re-masking is LLaDA's low-confidence decoding; a
-    higher one is quick where tokens are easy, slow at the end, and leaves passes for revision.
+    higher one reveals more at first, where tokens are sure, and leaves passes for revision.
     """
     masks = (tokens == mask_id).sum(-1)
     count = (haste * masks / (max_turns + 1 - turn)).ceil().long()
@@ -601,8 +603,9 @@ def evaluate(model: Model, info: dict, problems: list[Problem], passes: int) -> 
 
 
 def evaluate_all(
-    model: Model, info: dict, test: list[Problem], passes: list[int] | None, validation: list = ()
-) -> list[dict]:
+    model: Model, info: dict, test: list[Problem], passes: list[int] | None,
+    validation: list[Problem] | None = None,
+) -> list[dict]:  # fmt: skip
     """A score for each number of forward passes: those given, or N/16 to N for answers of N."""
     length = info["tokenizer"]["answer_length"]
     usual = {max(1, round(length * 2**power)) for power in range(-4, 1)}

@@ -69,8 +69,11 @@ def collect(reports: list[dict], groups: list[str]) -> dict:
 
     A variant that some seeds lack is compared with the SFT of those that have it.
     """
+    sources = [report["records"]["sft"]["settings"] for report in reports]
+    same = [{name: found[name] for name in ("data", "test", "start")} for found in sources]
+    rm.require(same.count(same[0]) == len(same), f"base, data or test prompts differ: {same}")
     scores = [report["scores"] for report in reports]
-    variants = [variant for variant in scores[0] if variant != "base"]
+    variants = [v for v in VARIANTS if v != "base" and any(v in score for score in scores)]
     by_passes, sft = {}, {}
     for variant in variants:
         having = [score for score in scores if variant in score]
