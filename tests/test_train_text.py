@@ -578,12 +578,12 @@ def test_the_study_of_one_seed_is_its_report(smoke, monkeypatch, tmp_path):
     paired = wanted["minus_sft"]["rm"][-1]
     assert found["ci95"] == paired["all"]["ci95"]
     assert found["subjects"]["geometry"]["difference"] == paired["geometry"]["difference"]
+    assert (tmp_path / "text_math.png").exists()
 
     other = json.loads(report.read_text())
     other["records"]["sft"]["settings"]["start"] = "another base"
     with pytest.raises(ValueError, match="differ"):
         study_text.collect([wanted, other], [])
-    assert (tmp_path / "text_math.png").exists()
 
 
 @pytest.mark.parametrize("given", [("--law", "paper"), ("--seed", 1)])
