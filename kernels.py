@@ -95,6 +95,17 @@ def check_logits(x: Tensor, head: Tensor | None, bias: Tensor | None) -> int:
     return len(head)
 
 
+def check_loss(
+    x: Tensor, target: Tensor, role: Tensor, weights: tuple, head: Tensor | None,
+    bias: Tensor | None,
+) -> None:  # fmt: skip
+    """The arguments of the losses."""
+    vocabulary = check_logits(x, head, bias)
+    require(len(weights) == 3, f"weights must be three numbers, got {weights}")
+    check_ids("role", role, x.shape[:-1], x.device, IGNORE, 3)
+    check_ids("target", target, role.shape, x.device, 0, vocabulary, where=role != IGNORE)
+
+
 def check_decision(
     x: Tensor, tokens: Tensor, mask_id: int, editable: Tensor | None,
     head: Tensor | None = None, bias: Tensor | None = None,
@@ -518,15 +529,14 @@ def _reveal_fused(hidden, head, bias, rows, tokens, editable, mask_id, decision)
 @torch.no_grad()
 def decide_from_hidden(
     hidden: Tensor, head: Tensor, tokens: Tensor, mask_id: int, editable: Tensor | None = None,
-    bias: Tensor | None = None, max_masked: int | None = None,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Eq. 1 from hidden states; logits = hidden @ head.T + bias exist at masked positions only.
 
     hidden: float [..., D].  head: the output weight [V, D], bias: [V]; same dtype and device.
-    The rest, NaN and ties too: as in decide_from_logits.  Workspace: max(256 MiB, 256 rows).
-    max_masked: a promise that no more than so many positions are masked and editable; further ones
-    stay masked (on CPU they are a ValueError).  Without it and for V > 1,024 the row count is asked
-    of the device once: a CUDA graph and torch.compile(fullgraph=True) then refuse.
+    The rest, NaN and ties too: as in decide_from_logits.  Workspace: max(256 MiB, 256 rows).  For
+    V > 1,024 the number of masked rows is asked of the device once: a CUDA graph and
+    torch.compile(fullgraph=True) then refuse.
     """
     editable = check_decision(hidden, tokens, mask_id, editable, head, bias)
     use_triton("triton", hidden)
@@ -534,9 +544,6 @@ def decide_from_hidden(
     hidden = hidden.reshape(count, width).contiguous()
     head, tokens = head.contiguous(), tokens.contiguous()
     bias = None if bias is None else bias.contiguous()
-    masked = tokens == mask_id if editable is None else editable & (tokens == mask_id)
-    if max_masked is not None and tokens.device.type == "cpu":
-        require(int(masked.sum()) <= max_masked, f"more than max_masked = {max_masked} are masked")
 
     decision = _empty(tokens.shape, tokens.device, tokens.dtype, torch.float32, torch.bool)
     best, confidence, remask = decision
@@ -554,10 +561,8 @@ def decide_from_hidden(
         if vocabulary <= DENSE_VOCABULARY and count <= size:
             _decide_rows(F.linear(hidden, head, bias), None, tokens, editable, mask_id, reveals)
         else:
-            if max_masked is None:
-                rows = masked.flatten().nonzero().squeeze(1)  # waits for the device
-            else:  # the masked rows first: a size known without asking the device
-                rows = (~masked).flatten().to(torch.uint8).argsort(stable=True)[:max_masked]
+            masked = tokens == mask_id if editable is None else editable & (tokens == mask_id)
+            rows = masked.flatten().nonzero().squeeze(1)  # waits for the device
             few = len(rows) <= FUSED_ROWS and width % 16 == 0  # odd widths: narrow loads, spills
             if few:
                 _reveal_fused(hidden, head, bias, rows, tokens, editable, mask_id, reveals)
@@ -900,10 +905,7 @@ def revision_cross_entropy(
     gradients are computed on the way forward, and the number of counted rows is asked of the device
     once: a CUDA graph and torch.compile(fullgraph=True) then refuse.
     """
-    vocabulary = check_logits(inputs, head, bias)
-    require(len(weights) == 3, f"weights must be three numbers, got {weights}")
-    check_ids("role", role, inputs.shape[:-1], inputs.device, IGNORE, 3)
-    check_ids("target", target, role.shape, inputs.device, 0, vocabulary, where=role != IGNORE)
+    check_loss(inputs, target, role, weights, head, bias)
     use_triton("triton", inputs)
     target, role = (x.reshape(-1).contiguous() for x in (target, role))
     rows = inputs if head is None else inputs.reshape(-1, inputs.shape[-1])

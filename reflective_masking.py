@@ -27,12 +27,13 @@ from torch import Tensor, nn
 
 import kernels
 from history import ABSENT, HistoryReference, history_embedding, rotate_by, wide
-from kernels import check_decision, check_ids, check_logits, require, use_triton
+from kernels import check_decision, check_loss, require, use_triton
 
 # ------------------------------------------------------------------------------------------------
 # 1. Eq. 1, the decision rule
 
 
+@torch.no_grad()
 def decide(
     logits: Tensor, tokens: Tensor, mask_id: int, editable: Tensor | None = None,
     reveal: int | Tensor | None = None, allow_remask: bool = True, allow_reveal: bool = True,
@@ -55,17 +56,24 @@ def decide(
     if not allow_reveal:  # then no masked row need be read
         visible = tokens != mask_id
         editable = visible if editable is None else editable & visible
+
+    def logit(ids: Tensor) -> Tensor:  # of one token at every position, [B, N]
+        if head is None:
+            return logits.gather(-1, ids.long().unsqueeze(-1)).squeeze(-1)
+        product = (wide(logits) * wide(head[ids])).sum(-1)
+        return product if bias is None else product + bias[ids]
+
     if use_triton(impl, logits) and head is None:
         best, confidence, remask, _ = kernels.decide_from_logits(logits, tokens, mask_id, editable)
     elif use_triton(impl, logits):
         how = (head, tokens, mask_id, editable, bias)
         best, confidence, remask, _ = kernels.decide_from_hidden(logits, *how)
     else:
-        masked = tokens == mask_id if editable is None else editable & (tokens == mask_id)
-        own, at_mask, rows = _logits_that_matter(logits, tokens, mask_id, masked, head, bias)
-        remask = at_mask > own  # Eq. 1: p(M) > p(x); softmax keeps the order; never where x = M
-        remask = remask if editable is None else editable & remask
-        revealed, sure = best_token(rows, mask_id)  # Eq. 1: argmax over V without M
+        free = True if editable is None else editable
+        remask = free & (logit(torch.full_like(tokens, mask_id)) > logit(tokens))  # p(M) > p(x)
+        masked = free & (tokens == mask_id)
+        rows = logits[masked] if head is None else F.linear(logits[masked], head, bias)
+        revealed, sure = best_token(rows, mask_id)  # argmax over V without M
         best = tokens.masked_scatter(masked, revealed.to(tokens.dtype))
         confidence = torch.full_like(tokens, -torch.inf, dtype=sure.dtype)
         confidence = confidence.masked_scatter(masked, sure)
@@ -76,18 +84,6 @@ def decide(
         rank = confidence.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
         best = torch.where(rank < most, best, tokens)
     return best.masked_fill(remask, mask_id) if allow_remask else best
-
-
-def _logits_that_matter(logits, tokens, mask_id, masked, head, bias):
-    """Own token's and MASK's logit, [B, N]; the row of each masked position, [masked, V]."""
-    logits = logits.detach()
-    if head is None:
-        own = logits.gather(-1, tokens.long().unsqueeze(-1)).squeeze(-1)
-        return own, logits[..., mask_id], logits[masked]
-    bias = head.new_zeros(len(head)) if bias is None else bias
-    own = (wide(logits) * wide(head[tokens])).sum(-1) + bias[tokens]
-    at_mask = (wide(logits) * wide(head[mask_id])).sum(-1) + bias[mask_id]
-    return own, at_mask, F.linear(logits[masked], head, bias)
 
 
 def best_token(logits: Tensor, mask_id: int) -> tuple[Tensor, Tensor]:
@@ -147,22 +143,17 @@ def revision_loss(
     A part is the sum over its role's positions divided by the number of positions with any role:
     with weights (1, 1, 1) total is the plain mean.  At the minimum, on training states, a visible
     position has all its mass on {x, M}, and p(x) is the probability that x is right, so that Eq. 1
-    re-masks what is more likely wrong; at a masked one p is the posterior of x*.  logits: float
-    [..., V]; or, if head [V, D] (with bias [V]) is given, hidden states [..., D], whose logits a
-    GPU forms a block of rows at a time.  target, role: int64 [...] of oracle_action.  weights: of
-    reveal, re-mask, keep; unequal ones of the last two move p(x).  ValueError: wrong shapes.
+    re-masks what is more likely wrong; at a masked one p is the posterior of x*.  logits, head,
+    bias: as in decide; a GPU forms the logits of hidden states a block of rows at a time.  target,
+    role: int64 [B, N] of oracle_action.  weights: of reveal, re-mask, keep; unequal ones of the
+    last two move p(x).  ValueError: wrong shapes.
     """
+    how = (logits, target, role, weights, head, bias)
+    check_loss(*how)
     if use_triton(impl, logits):
-        parts = kernels.revision_cross_entropy(logits, target, role, weights, head, bias)
-        return RevisionLoss(*parts)
-    require(len(weights) == 3, f"weights must be three numbers, got {weights}")
-    vocabulary = check_logits(logits, head, bias)
-    check_ids("role", role, logits.shape[:-1], logits.device, IGNORE, 3)
+        return RevisionLoss(*kernels.revision_cross_entropy(*how))
     counted = role != IGNORE
-    check_ids("target", target, role.shape, logits.device, 0, vocabulary, where=counted)
-    rows = logits[counted]
-    if head is not None:
-        rows = F.linear(rows, head, bias)
+    rows = logits[counted] if head is None else F.linear(logits[counted], head, bias)
     loss = F.cross_entropy(wide(rows), target[counted].long(), reduction="none")
 
     count = counted.sum().clamp(min=1)
@@ -227,9 +218,8 @@ def sample_trajectory(
     p_wrong (0.5 is ours): a number, or a float or bool tensor that broadcasts to [B, N].  Train on
     x(t), t ~ U{0..T-1}.  Returns int64 [T+1, B, N].  ValueError: wrong shapes.
     """
-    fits = wrong.shape == clean.shape == editable.shape
-    shapes = f"{[*editable.shape]} and {[*wrong.shape]}, clean is {[*clean.shape]}"
-    require(fits, f"editable and wrong must fit clean, got {shapes}")
+    shapes = [[*x.shape] for x in (clean, editable, wrong)]
+    require(shapes[0] == shapes[1] == shapes[2], f"clean, editable and wrong differ: {shapes}")
     require(T >= 2, f"T must be at least 2, got {T}")
     uniform = partial(torch.rand, clean.shape, generator=generator, device=clean.device)
 
@@ -312,10 +302,11 @@ def revise(
     patience = patience or (3 if history.gamma else 1)
 
     history.reset()
-    states = [tokens.clone()]  # x(0), x(1), ... of the whole batch
+    states = tokens.new_empty(max_turns + 1, *tokens.shape)  # x(0), x(1), ... of all sequences
+    states[0] = tokens
     turns = torch.zeros(len(tokens), dtype=torch.long, device=tokens.device)
     status = torch.zeros_like(turns)  # index in STATUS
-    running = torch.arange(len(tokens), device=tokens.device)  # rows of the batch still at work
+    running = torch.arange(len(tokens), device=tokens.device)  # those in the batch, at work
     for turn in range(1, max_turns + 1):  # from x(turn - 1) to x(turn)
         logits = denoiser(history.push(tokens), **context)  # Eq. 2, then the network
         got = f"denoiser returned {[*logits.shape]} for tokens {[*tokens.shape]}"
@@ -326,8 +317,7 @@ def revise(
         following = rule(logits, tokens, mask_id, editable=editable, turn=turn, max_turns=max_turns)
 
         settled = (following == tokens).all(-1)
-        past = torch.stack(states)[:, running]
-        returned = (past == following).all(-1).sum(0) >= patience
+        returned = (states[:turn, running] == following).all(-1).sum(0) >= patience
         turns[running] = turn
         status[running] = torch.where(settled, 0, torch.where(returned, 1, 2))  # of STATUS
         going = ~settled & ~returned & (turn < max_turns)
@@ -336,16 +326,15 @@ def revise(
             revealed = eq1(logits, tokens, mask_id, ending, allow_remask=False)
             following = torch.where(ending, revealed, following)
 
-        result = states[-1].clone()
-        result[running] = following
-        states.append(result)
+        states[turn] = states[turn - 1]
+        states[turn, running] = following
         if not going.any():
             break
         history.keep(going)
         tokens, editable, running = following[going], editable[going], running[going]
         context = {name: value[going] for name, value in context.items()}
     named = [STATUS[index] for index in status.tolist()]
-    return Revision(result, turns.tolist(), named, torch.stack(states) if trace else None)
+    return Revision(states[turn], turns.tolist(), named, states[: turn + 1] if trace else None)
 
 
 # ------------------------------------------------------------------------------------------------
