@@ -153,19 +153,18 @@ def _tile(width: int) -> tuple[int, int, int]:
     return max(1, min(64, 2048 // columns)), columns, 8 if columns >= 2048 else 4
 
 
-def _walk(x: Tensor) -> tuple[Tensor, tuple[int, ...], int]:
-    """[..., V] as a view [B, N, V], what kernels need to walk it (N, strides, V), and GROUP.
+def _rows(x: Tensor) -> tuple[Tensor, int, int]:
+    """[..., V] as rows [count, V], the stride from row to row, and GROUP.
 
-    GROUP: the columns of a 16-byte load where Triton makes such loads, else 1.  No copy up to
-    three axes.  The batch stride of a single sequence, which may be anything, is given as 0.
+    GROUP: the columns of a 16-byte load where Triton makes such loads, else 1.  Copies only where
+    no view has one stride between rows and neighbouring columns.
     """
-    x = x[(None,) * (3 - x.ndim)] if x.ndim <= 3 else x.flatten(0, -3)
-    batch, length, width = x.shape
-    strides = (x.stride(0) if batch > 1 else 0, x.stride(1), x.stride(2))
+    x = x.reshape(-1, x.shape[-1])
+    x = x if x.stride(1) == 1 else x.contiguous()
+    stride = x.stride(0) if len(x) > 1 else 0  # of a single row it may be anything
     offset = 0 if torch.compiler.is_compiling() else x.storage_offset()  # cannot be traced
-    aligned = all(n % 16 == 0 for n in (*strides[:2], width, offset))
-    group = 16 // x.dtype.itemsize if strides[2] == 1 and aligned else 1
-    return x, (length, *strides, width), group
+    aligned = all(n % 16 == 0 for n in (stride, x.shape[1], offset))
+    return x, stride, 16 // x.dtype.itemsize if aligned else 1
 
 
 # ------------------------------------------------------------------------------------------------
@@ -197,7 +196,7 @@ def _exp(x):  # tl.exp has three guard instructions more
 
 @jit
 def _scan(
-    line, wanted, start, end, vocabulary, mask_id, stride,
+    line, wanted, start, end, vocabulary, mask_id,
     GROUP: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     # The states of columns [start, end) of the rows at the pointers line [ROWS]; rows that are not
@@ -216,8 +215,7 @@ def _scan(
         use = wanted[:, None] & (column < vocabulary)
         if mask_id is not None and GROUP == 1:
             use &= column != mask_id
-        at = line[:, None] + column.to(tl.int64) * stride
-        x = tl.load(at, mask=use, other=-float("inf")).to(tl.float32)
+        x = tl.load(line[:, None] + column, mask=use, other=-float("inf")).to(tl.float32)
         if mask_id is not None and GROUP > 1 and (begin <= mask_id) & (mask_id < begin + COLUMNS):
             x = tl.where(column == mask_id, -float("inf"), x)
 
@@ -255,12 +253,11 @@ def _collapse(top, best, rest):  # states [R, C] with different bests, in any or
 
 
 @jit
-def _first_in_group(line, wanted, top, place, vocabulary, mask_id, stride, GROUP: tl.constexpr):
+def _first_in_group(line, wanted, top, place, vocabulary, mask_id, GROUP: tl.constexpr):
     # The id of the first column of the group at place that holds top, a NaN if top is one.
     column = place[:, None] + tl.arange(0, GROUP)[None, :]
     use = (wanted & (place < NO_TOKEN))[:, None] & (column < vocabulary) & (column != mask_id)
-    at = line[:, None] + column.to(tl.int64) * stride
-    x = tl.load(at, mask=use, other=-float("inf")).to(tl.float32)
+    x = tl.load(line[:, None] + column, mask=use, other=-float("inf")).to(tl.float32)
     holds = (x == top[:, None]) | ((x != x) & (top != top)[:, None])
     return tl.min(tl.where(use & holds, column, NO_TOKEN), 1)
 
@@ -271,14 +268,6 @@ def _log_p(top, rest):  # -log1p(rest), the log-probability of best
     series = rest * (1.0 - rest * (0.5 - rest * (1.0 / 3.0 - rest * (0.25 - rest * 0.2))))
     log1p = tl.where(rest < 0.03, series, tl.log(1.0 + rest))
     return tl.where(top > -float("inf"), -log1p, float("nan"))  # NaN: a row of -inf, or a NaN
-
-
-@jit
-def _lines(logits, row, length, stride_b, stride_n):
-    # Pointers to rows.  Divided in 32 bits, as 64 are a subroutine that spills; N * V passes 2^31.
-    row = row.to(tl.int32)
-    batch = (row // length).to(tl.int64)
-    return logits + batch * stride_b + (row % length).to(tl.int64) * stride_n
 
 
 @jit
@@ -303,24 +292,23 @@ def _store_reveal(row, masked, top, best, rest, mask_id, best_out, confidence_ou
     tl.store(confidence_out + row, _log_p(top, rest), mask=masked)
 
 
-@jit(do_not_specialize=["count", "length"])
+@jit(do_not_specialize=["count"])
 def _decide_kernel(
     logits, rows, tokens, editable,
     best_out, confidence_out, remask_out, top_out, state_out, rest_out,
-    count, length, stride_b, stride_n, stride_v, vocabulary, share, mask_id,
+    count, stride, vocabulary, share, mask_id,
     GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     # Grid: (ROWS positions, parts of a row).  With rows, logits are those of the positions in rows;
     # without remask_out, visible positions are left out; with top_out, each part of a row, of share
     # columns, leaves a state for _merge_kernel.
     index, inside, row, token, free, masked = _locate(rows, tokens, editable, count, mask_id, ROWS)
-    line = _lines(logits, index, length, stride_b, stride_n)
+    line = logits + index * stride
     part = tl.program_id(1)
     if remask_out is not None and part == 0:
         visible = free & (token != mask_id) & (token >= 0) & (token < vocabulary)
-        own = tl.load(line + token.to(tl.int64) * stride_v, mask=visible, other=0.0)
-        at_mask = line + tl.cast(mask_id, tl.int64) * stride_v
-        at_mask = tl.load(at_mask, mask=visible, other=0.0)
+        own = tl.load(line + token, mask=visible, other=0.0)
+        at_mask = tl.load(line + mask_id, mask=visible, other=0.0)
         remask = visible & (at_mask.to(tl.float32) > own.to(tl.float32))  # Eq. 1, first line
         tl.store(remask_out + row, remask, mask=inside)
         tl.store(best_out + row, token, mask=inside & ~masked)
@@ -328,11 +316,9 @@ def _decide_kernel(
     if tl.max(masked.to(tl.int32), 0) > 0:
         start = part * share
         end = tl.minimum(vocabulary, start + share)
-        top, best, rest = _scan(
-            line, masked, start, end, vocabulary, mask_id, stride_v, GROUP, COLUMNS
-        )
+        top, best, rest = _scan(line, masked, start, end, vocabulary, mask_id, GROUP, COLUMNS)
         if GROUP > 1:
-            best = _first_in_group(line, masked, top, best, vocabulary, mask_id, stride_v, GROUP)
+            best = _first_in_group(line, masked, top, best, vocabulary, mask_id, GROUP)
         if top_out is not None:
             at = index * tl.num_programs(1) + part
             tl.store(top_out + at, top, mask=masked)
@@ -374,10 +360,9 @@ def _merge(states, rows, tokens, editable, mask_id, decision) -> None:
 
 def _decide_rows(logits, rows, tokens, editable, mask_id, decision) -> None:
     """Eq. 1 into decision, where logits [..., V] are those of all positions or of rows alone."""
-    x, walk, group = _walk(logits)
-    vocabulary = walk[-1]
+    x, stride, group = _rows(logits)
+    count, vocabulary = x.shape
     tile, columns, warps = _tile(vocabulary)
-    count = x.shape[0] * x.shape[1]
     programs = triton.cdiv(count, tile)
 
     # One program streams about 7 GB/s: a row of V = 126464 takes it 36 us.  Where there are too
@@ -389,7 +374,7 @@ def _decide_rows(logits, rows, tokens, editable, mask_id, decision) -> None:
 
     _launch(
         _decide_kernel, (programs, parts),
-        x, rows, tokens, editable, *decision, *states, count, *walk, share, mask_id,
+        x, rows, tokens, editable, *decision, *states, count, stride, vocabulary, share, mask_id,
         GROUP=group, ROWS=tile, COLUMNS=columns, num_warps=warps,
     )  # fmt: skip
     if parts > 1:
@@ -402,7 +387,7 @@ def decide_from_logits(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Eq. 1 at every position, from logits: (best, confidence, remask, following).
 
-    logits: float [..., V], any strides.  tokens: int32 or int64 [...].  editable: bool,
+    logits: float [..., V].  tokens: int32 or int64 [...].  editable: bool,
     broadcastable to tokens; elsewhere the token stays.  Returns, of tokens' shape, no gradient,
       best        the token; where masked and editable the likeliest but MASK, the lowest id of ties
       confidence  float32: there its log-probability among the tokens but MASK, elsewhere -inf
@@ -741,22 +726,22 @@ CHUNK_ROWS = 2048  # enough for full matrix products; 2,048 rows of V = 126464 i
 CHUNK_BYTES = 2**26  # more rows while their logits are under 64 MiB: a small V is one chunk
 
 
-@jit(do_not_specialize=["count", "length"])
+@jit(do_not_specialize=["count"])
 def _nll_kernel(
     logits, target, role, loss_out, lse_out,
-    count, length, stride_b, stride_n, stride_v, vocabulary,
+    count, stride, vocabulary,
     GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     # Grid: one program per ROWS rows; rows to ignore load nothing.  The scan of Eq. 1, no MASK.
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = row < count
     counted = tl.load(role + row, mask=inside, other=-1) >= 0
-    line = _lines(logits, row, length, stride_b, stride_n)
-    top, _, rest = _scan(line, counted, 0, vocabulary, vocabulary, None, stride_v, GROUP, COLUMNS)
+    line = logits + row * stride
+    top, _, rest = _scan(line, counted, 0, vocabulary, vocabulary, None, GROUP, COLUMNS)
     lse = tl.where(top == float("inf"), float("nan"), top - _log_p(top, rest))  # inf - inf: NaN
     goal = tl.load(target + row, mask=inside, other=0).to(tl.int64)
     fits = counted & (goal >= 0) & (goal < vocabulary)
-    at_goal = tl.load(line + goal * stride_v, mask=fits, other=float("nan")).to(tl.float32)
+    at_goal = tl.load(line + goal, mask=fits, other=float("nan")).to(tl.float32)
     tl.store(loss_out + row, tl.where(counted, lse - at_goal, 0.0), mask=inside)
     tl.store(lse_out + row, lse, mask=inside)
 
@@ -786,10 +771,10 @@ def _parts_kernel(loss, role, total_out, parts_out, count, reveal, remask, keep)
     tl.store(parts_out + kinds, tl.where(kinds < 3, parts, counted))
 
 
-@jit(do_not_specialize=["count", "length"])
+@jit(do_not_specialize=["count"])
 def _nll_gradient_kernel(
     logits, target, role, lse, upstream, parts, out,
-    count, length, stride_b, stride_n, stride_v, vocabulary, reveal, remask, keep,
+    count, stride, vocabulary, reveal, remask, keep,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     # Grid: (row tiles, column tiles), element by element, so out may be logits itself.
@@ -803,10 +788,8 @@ def _nll_gradient_kernel(
     weight = _of_role(kind, reveal, remask, keep)
     if upstream is not None:
         weight *= tl.load(upstream).to(tl.float32) / tl.load(parts + 3)
-    line = _lines(logits, row, length, stride_b, stride_n)
     use = counted[:, None] & (column < vocabulary)
-    at = line[:, None] + column.to(tl.int64) * stride_v
-    x = tl.load(at, mask=use, other=0.0).to(tl.float32)
+    x = tl.load(logits + row[:, None] * stride + column, mask=use, other=0.0).to(tl.float32)
     slope = _exp(x - shift[:, None]) - tl.where(column == goal[:, None], 1.0, 0.0)  # p - onehot
     slope = tl.where(counted[:, None], weight[:, None] * slope, 0.0)
     at = out + row[:, None] * vocabulary + column
@@ -815,12 +798,12 @@ def _nll_gradient_kernel(
 
 def _nll(logits, target, role) -> tuple[Tensor, Tensor]:
     """(-log p(target), 0 where the role is IGNORE; log sum exp of every row)."""
-    x, walk, group = _walk(logits)
-    tile, columns, warps = _tile(walk[-1])
+    x, stride, group = _rows(logits)
+    tile, columns, warps = _tile(x.shape[1])
     loss, lse = _empty(role.shape, x.device, torch.float32, torch.float32)
     _launch(
-        _nll_kernel, (triton.cdiv(role.numel(), tile),),
-        x, target, role, loss, lse, role.numel(), *walk,
+        _nll_kernel, (triton.cdiv(len(x), tile),),
+        x, target, role, loss, lse, len(x), stride, x.shape[1],
         GROUP=group, ROWS=tile, COLUMNS=columns, num_warps=warps,
     )  # fmt: skip
     return loss, lse
@@ -828,11 +811,12 @@ def _nll(logits, target, role) -> tuple[Tensor, Tensor]:
 
 def _nll_gradient(logits, target, role, lse, weights, out, upstream=None, parts=None) -> None:
     """Writes weights[role] (p - onehot) to out, times upstream / number where those are given."""
-    x, walk, _ = _walk(logits)
-    tile, columns, warps = _tile(walk[-1])
+    x, stride, _ = _rows(logits)
+    count, vocabulary = x.shape
+    tile, columns, warps = _tile(vocabulary)
     _launch(
-        _nll_gradient_kernel, (triton.cdiv(role.numel(), tile), triton.cdiv(walk[-1], columns)),
-        x, target, role, lse, upstream, parts, out, role.numel(), *walk, *weights,
+        _nll_gradient_kernel, (triton.cdiv(count, tile), triton.cdiv(vocabulary, columns)),
+        x, target, role, lse, upstream, parts, out, count, stride, vocabulary, *weights,
         ROWS=tile, COLUMNS=columns, num_warps=warps,
     )  # fmt: skip
 
