@@ -169,21 +169,6 @@ def revision_loss(
 # 3. Synthetic revision trajectories
 
 
-def uniform_wrong(
-    clean: Tensor, choices: Tensor, generator: torch.Generator | None = None
-) -> Tensor:
-    """A fixed corruption law: tokens drawn uniformly from choices, never the clean one.
-
-    clean: int64 [B, N], each one of choices where the result is used.  choices: int64 [C],
-    different tokens, C >= 2.  Returns int64 [B, N].
-    """
-    different = len(choices.unique()) == len(choices) > 1
-    require(different, f"choices must be two or more different tokens, got {choices.tolist()}")
-    drawn = torch.randint(len(choices) - 1, clean.shape, generator=generator, device=clean.device)
-    wrong = choices[drawn]  # one of the first C - 1; the truth becomes the last: uniform again
-    return torch.where(wrong == clean, choices[-1], wrong)
-
-
 def topk_wrong(
     logits: Tensor, clean: Tensor, mask_id: int, k: int = 8,
     generator: torch.Generator | None = None,
@@ -191,7 +176,7 @@ def topk_wrong(
     """Plausible mistakes: uniform over the k likeliest tokens of a frozen model.
 
     logits: float [B, N, V], the model's at masked positions (one forward pass); the truth, MASK and
-    tokens at -inf are never drawn.  Returns [B, N].  ValueError: no wrong token is left.
+    tokens at -inf are never drawn.  Returns int64 [B, N].  ValueError: no wrong token is left.
     """
     allowed = logits.scatter(-1, clean.unsqueeze(-1), -torch.inf)
     allowed[..., mask_id] = -torch.inf
@@ -463,7 +448,8 @@ def demo(steps: int = 300) -> float:
     def examples(count: int) -> tuple[Tensor, Tensor, Tensor]:
         clean = torch.randint(1, 27, (count, 6)).repeat(1, 4)  # letters are 1 to 26, MASK is 0
         chosen = torch.rand(count, 24).argsort(-1) < 3  # where it starts wrong or masked
-        return clean, chosen, uniform_wrong(clean, torch.arange(1, 27))
+        wrong = (clean + torch.randint(25, clean.shape)) % 26 + 1  # any other letter
+        return clean, chosen, wrong
 
     for step in range(1, steps + 1):
         clean, chosen, wrong = examples(64)
@@ -830,19 +816,17 @@ def provenance(device: torch.device) -> dict:
 def replace_file(path: Path, write: Callable[[Path], None], tell: bool = True) -> None:
     """write(a temporary file), then a rename: a killed run leaves the old file or the new one."""
     regular = path.is_file() or not path.exists()  # else, a pipe or a device, it is written into
-    target = path.resolve() if regular else path  # a link is followed
-    folder = target.parent if regular else Path(tempfile.gettempdir())
-    temporary = folder / f"{path.name}.{os.getpid()}.tmp"
+    target = path.resolve()  # a link is followed
     with naming(path, "cannot be written"):
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
+        if regular:
+            target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent if regular else None) as folder:
+            temporary = Path(folder, path.name)
             write(temporary)
             if regular:
                 os.replace(temporary, target)
             else:
                 path.write_bytes(temporary.read_bytes())
-        finally:
-            temporary.unlink(missing_ok=True)
     if tell:
         print(f"wrote {path}", flush=True)
 
@@ -1047,6 +1031,5 @@ def check_writable(path: Path) -> None:
     with naming(path, "cannot be written"):
         require(not path.is_dir(), "it is a folder")
         if path.is_file() or not path.exists():
-            target = path.resolve()
-            there = next(folder for folder in target.parents if folder.exists())
+            there = next(folder for folder in path.resolve().parents if folder.exists())
             tempfile.TemporaryFile(dir=there).close()

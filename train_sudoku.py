@@ -31,7 +31,6 @@ from reflective_masking import InputError
 
 SHIPPED = Path(__file__).parent / "checkpoints/sudoku_full.pt"
 MASK = 0
-DIGITS = torch.arange(1, 10)
 ANY = set(range(1, 10))
 CELLS = torch.arange(81)
 COORDINATES = torch.stack([CELLS // 9, CELLS % 9, CELLS // 27 * 3 + CELLS % 9 // 3], -1)
@@ -150,12 +149,18 @@ def shuffle_symmetries(boards: Tensor, generator: torch.Generator) -> Tensor:
     return digits.expand(-1, boards.shape[1], -1).gather(-1, moved)
 
 
+def wrong_digits(clean: Tensor, generator: torch.Generator) -> Tensor:
+    """Uniform over the eight digits that are wrong: int64, clean's shape."""
+    drawn = torch.randint(8, clean.shape, generator=generator, device=clean.device) + 1
+    return torch.where(drawn == clean, 9, drawn)  # one of 1 to 8; the truth becomes 9
+
+
 def corrupt(clean: Tensor, seed: int, low: int = 4, high: int = 20) -> Tensor:
     """The paper's task, int64 [B, 81]: low to high cells get one of the eight wrong digits."""
     generator = torch.Generator().manual_seed(seed)
     count = torch.randint(low, high + 1, (len(clean), 1), generator=generator)
     order = torch.rand(clean.shape, generator=generator).argsort(-1).argsort(-1)
-    wrong = rm.uniform_wrong(clean, DIGITS, generator)
+    wrong = wrong_digits(clean, generator)
     return torch.where(order < count, wrong, clean)
 
 
@@ -216,7 +221,7 @@ def sample_starts(
     filled = uniform(batch_size, 81) < torch.where(is_puzzle, share_filled, 1)  # a board is full
     share_wrong = 0.5 * uniform(batch_size, 1)  # ~ U(0, 0.5)
     is_wrong = uniform(batch_size, 81) < share_wrong
-    wrong = rm.uniform_wrong(clean, DIGITS.to(device), generator)
+    wrong = wrong_digits(clean, generator)
     start = torch.where(editable & filled & is_wrong, wrong, clean)
     return start.masked_fill(editable & ~filled, MASK), clean, editable
 
