@@ -6,12 +6,11 @@
     4. revision_cross_entropy      the three losses with gradient, from logits or hidden states
 
 This file imports nothing of the project, and itself without triton.  TRITON_INTERPRET=1, set before
-the import, runs the kernels on CPU tensors.
-
-Inputs are float32, bfloat16 or float16 and never written; arithmetic is float32.  Wrong shapes,
-dtypes and devices are a ValueError that names the argument, before any launch.  Ids out of range
-are one too on CPU; on a GPU that check would wait for the device, so there such an id reads
-nothing: its position is kept, adds no history, or has loss NaN.
+the import, runs the kernels on CPU tensors.  Inputs are float32, bfloat16 or float16 and never
+written; arithmetic is float32.  Wrong shapes, dtypes and devices are a ValueError that names the
+argument, before any launch.  Ids out of range are one too on CPU; on a GPU that check would wait
+for the device, so there such an id reads nothing: its position is kept, adds no history, or has
+loss NaN.
 """
 
 import contextlib
@@ -177,10 +176,9 @@ def _rows(x: Tensor) -> tuple[Tensor, int, int]:
 # Costs: a visible position two logits, in two sectors of 32 bytes, a masked one its row.  Floor =
 # bytes / bandwidth: 25 % of [8192, 126464] in bf16 is 519 MB, 173 us at 3.0 TB/s.
 #
-# The state of a scan is (top, best, rest): the largest logit, its id, and the sum of
-# exp(logit - top) over the OTHER tokens.  -log1p(rest) is the log-probability of best, exact where
-# a float32 probability would be 1 (gaps beyond 17 nats) and ranks would tie.  Two states merge into
-# one, so rows can be split anywhere.
+# The state of a scan is (top, best, rest): the largest logit, its id, and the sum of exp(logit -
+# top) over the OTHER tokens; two states merge into one.  -log1p(rest) is the log-probability of
+# best, exact where a float32 probability would be 1 (gaps beyond 17 nats) and ranks would tie.
 
 
 @jit
@@ -299,9 +297,8 @@ def _decide_kernel(
     count, stride, vocabulary, share, mask_id,
     GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    # Grid: (ROWS positions, parts of a row).  With rows, logits are those of the positions in rows;
-    # without remask_out, visible positions are left out; with top_out, each part of a row, of share
-    # columns, leaves a state for _merge_kernel.
+    # Grid: (ROWS positions, parts of a row).  With rows, logits are of the positions in rows alone;
+    # without remask_out only masked ones are written; with top_out parts leave states to be merged.
     index, inside, row, token, free, masked = _locate(rows, tokens, editable, count, mask_id, ROWS)
     line = logits + index * stride
     part = tl.program_id(1)
@@ -387,15 +384,14 @@ def decide_from_logits(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Eq. 1 at every position, from logits: (best, confidence, remask, following).
 
-    logits: float [..., V].  tokens: int32 or int64 [...].  editable: bool,
-    broadcastable to tokens; elsewhere the token stays.  Returns, of tokens' shape, no gradient,
+    logits: float [..., V].  tokens: int32 or int64 [...].  editable: bool, broadcastable to tokens;
+    elsewhere the token stays.  Returns, of tokens' shape, without gradient,
       best        the token; where masked and editable the likeliest but MASK, the lowest id of ties
       confidence  float32: there its log-probability among the tokens but MASK, elsewhere -inf
       remask      bool: visible and editable, and logit[M] > logit[x]
       following   the next tokens
-    NaN at x or M never re-masks; at a masked position the first NaN is the best, with confidence
-    NaN, as in torch's argmax and softmax.  Two or more +inf, or a row of -inf, have confidence NaN;
-    the latter reveals the lowest id.
+    NaN at x or M never re-masks; where masked the first NaN is the best, as in torch's argmax.  It,
+    two or more +inf and a row of -inf, which reveals the lowest id, have confidence NaN.
     """
     editable = check_decision(logits, tokens, mask_id, editable)
     use_triton("triton", logits)
@@ -680,10 +676,9 @@ def history_step(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Eq. 2, one turn: (a(t), what the model reads), a(t) = wte(x(t)) + gamma R_(-1) a(t-1).
 
-    a: a(t-1), float32 [..., D], or None at the first turn.  tokens: int32 or int64 [...].
-    embedding: float [V, D].  gamma in [0, 1]; rotate: R, for even D; normalize: the RMSNorm (eps
-    1e-6) of what is read.  Returns a(t) in float32 and what is read in the embedding's dtype, both
-    new, without gradient.  NaN propagates.
+    a: a(t-1), float32 [..., D], or None at first.  tokens: int32 or int64 [...].  embedding: float
+    [V, D].  gamma in [0, 1]; rotate: R, for even D; normalize: the RMSNorm (eps 1e-6) of what is
+    read.  Returns a(t) in float32, the other in the embedding's dtype, new, without gradient.
     """
     check_history(embedding, gamma, rotate)
     check_ids("tokens", tokens, None, embedding.device, 0, len(embedding))

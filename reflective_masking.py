@@ -1,7 +1,7 @@
 """Reflective Masking (RM): a mask diffusion model that revises its own answer over several turns.
 
 "Multi-Turn Reflective Masking Elicits Reasoning in Mask Diffusion Models", Zhang, Bian, Qi, Yao,
-Huang, Zhou, 2026, arXiv 2606.16700.  Part I is the method:
+Huang, Zhou, 2026, arXiv 2606.16700.  Part I is the method, Part II training and files:
 
     1. decide                          Eq. 1: keep, re-mask or reveal, every position at once
     2. oracle_action, revision_loss    the right action, and the three losses
@@ -10,10 +10,9 @@ Huang, Zhou, 2026, arXiv 2606.16700.  Part I is the method:
     5. MaskDiffusionTransformer        the network: input embeddings -> logits
     6. demo                            all of it on a toy:  python reflective_masking.py
 
-Part II is training and files; Part I, history.py and kernels.py are the whole method.  Shapes: B
-sequences, N positions, V tokens with MASK, D width.  What differs from the paper: a role's loss is
-divided by the number of all editable positions, so that the three add up to the plain
-cross-entropy; Sudoku's attention has a bias for cells that share a row, column or box.
+Shapes: B sequences, N positions, V tokens with MASK, D width.  What differs from the paper: a
+role's loss is divided by the number of all editable positions, so that the three add up to the
+plain cross-entropy; Sudoku's attention has a bias for cells that share a row, column or box.
 """
 
 from collections.abc import Callable
@@ -145,8 +144,7 @@ def revision_loss(
     position has all its mass on {x, M}, and p(x) is the probability that x is right, so that Eq. 1
     re-masks what is more likely wrong; at a masked one p is the posterior of x*.  logits, head,
     bias: as in decide; a GPU forms the logits of hidden states a block of rows at a time.  target,
-    role: int64 [B, N] of oracle_action.  weights: of reveal, re-mask, keep; unequal ones of the
-    last two move p(x).  ValueError: wrong shapes.
+    role: int64 [B, N].  weights: unequal ones of the last two move p(x).  ValueError: wrong shapes.
     """
     how = (logits, target, role, weights, head, bias)
     check_loss(*how)
@@ -222,8 +220,8 @@ def sample_trajectory(
 def history_until(trajectory: Tensor, t: Tensor) -> Tensor:
     """Each sequence's states x(0), ..., x(t), the current one last: for history_embedding.
 
-    trajectory: int64 [T+1, B, N].  t: int64 [B].  Returns [max(t)+1, B, N]; where t is less than
-    the largest, the oldest states are ABSENT.
+    trajectory: int64 [T+1, B, N].  t: int64 [B].  Returns [max(t)+1, B, N]; shorter ones begin
+    with ABSENT.
     """
     length = int(t.max()) + 1
     index = torch.arange(length, device=t.device).unsqueeze(1) - (length - 1) + t  # [length, B]
@@ -287,8 +285,7 @@ def revise(
     patience = patience or (3 if history.gamma else 1)
 
     history.reset()
-    states = tokens.new_empty(max_turns + 1, *tokens.shape)  # x(0), x(1), ... of all sequences
-    states[0] = tokens
+    states = [tokens]  # x(0), x(1), ... of all sequences
     turns = torch.zeros(len(tokens), dtype=torch.long, device=tokens.device)
     status = torch.zeros_like(turns)  # index in STATUS
     running = torch.arange(len(tokens), device=tokens.device)  # those in the batch, at work
@@ -302,7 +299,8 @@ def revise(
         following = rule(logits, tokens, mask_id, editable=editable, turn=turn, max_turns=max_turns)
 
         settled = (following == tokens).all(-1)
-        returned = (states[:turn, running] == following).all(-1).sum(0) >= patience
+        times = sum((state[running] == following).all(-1).int() for state in states)
+        returned = times >= patience
         turns[running] = turn
         status[running] = torch.where(settled, 0, torch.where(returned, 1, 2))  # of STATUS
         going = ~settled & ~returned & (turn < max_turns)
@@ -311,15 +309,14 @@ def revise(
             revealed = eq1(logits, tokens, mask_id, ending, allow_remask=False)
             following = torch.where(ending, revealed, following)
 
-        states[turn] = states[turn - 1]
-        states[turn, running] = following
+        states.append(states[-1].index_copy(0, running, following))
         if not going.any():
             break
         history.keep(going)
         tokens, editable, running = following[going], editable[going], running[going]
         context = {name: value[going] for name, value in context.items()}
     named = [STATUS[index] for index in status.tolist()]
-    return Revision(states[turn], turns.tolist(), named, states[: turn + 1] if trace else None)
+    return Revision(states[-1], turns.tolist(), named, torch.stack(states) if trace else None)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -8,8 +8,7 @@
 
 A base learns plain mask diffusion; from it come vanilla SFT and RM, with the same data and steps.
 What differs from the paper: a million parameters on generated problems, prompts intact in
-post-training, mistakes that the base proposes with part of the answer visible, Muon, what is called
-ours.
+post-training, mistakes that the base proposes with part of the answer visible, Muon.
 """
 
 import json
@@ -416,8 +415,7 @@ for line in sys.stdin:
 def run_programs(problems: list[Problem], programs: list[str]) -> list[bool]:
     """Whether each program gives what the reference gives on 20 hidden lists.
 
-    None runs here: an isolated Python forks a process for each, with a limit of time and memory, no
-    files, no processes and a few builtins.
+    None runs here: an isolated Python forks a process for each, short of time, memory and builtins.
     """
     lines = []
     for problem, program in zip(problems, programs):
@@ -442,8 +440,7 @@ def sample_masks(
 ) -> rm.Batch:
     """Plain mask diffusion: m of the answer's N positions are masked, m uniform in 1..N.
 
-    In a share prompt_share of the rows the prompt's too.  Weight: LLaDA's 1/t, here 1/m, scaled to
-    mean 1: every row weighs the same.
+    In a share prompt_share of the rows the prompt's too.  LLaDA's weight 1/t, here 1/m, of mean 1.
     """
     uniform = partial(torch.rand, generator=generator, device=pool.device)
     clean = pool[torch.randint(len(pool), (batch_size,), generator=generator, device=pool.device)]
@@ -470,8 +467,8 @@ def sample_revision(
     probabilities, truth included.  It read the answer without them and without a random share of
     the rest, so that a mistake fits what stands around it.
     Law "paper": proposals in all rows, drawn from TOP_K evenly, never the truth, by a base that
-    reads the prompt alone.  In both, a quarter of the drafts starts empty.  remember: turns
-    before a parallel reveal at most, which a history reads.
+    reads the prompt alone.  In both, a quarter of the drafts starts empty.  remember: of
+    reveal_trajectory.
     """
     uniform = partial(torch.rand, generator=generator, device=pool.device)
     reveals, proposed = LAWS[law]
@@ -517,10 +514,10 @@ def reveal_trajectory(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Ours: a decoding up to a parallel reveal, int64 [K, B, L]; for each row a turn, int64 [B].
 
-    In 1 to `remember` turns, as many in all rows, the truth is revealed until `masks` positions are
-    left.  Then the base reveals at once the k it is surest of, some of them wrong; in half of the
-    rows the truth follows at some others.  Then what is wrong is re-masked.  The turn is the one
-    before the base's reveal, after it or after the re-masking, in shares MOMENTS.
+    In 1 to `remember` turns, as many in all rows, of which a history reads, the truth is revealed
+    until `masks` positions are left.  Then the base reveals at once the k it is surest of, some of
+    them wrong; in half of the rows the truth follows at some others.  Then what is wrong is
+    re-masked.  The turn is that before the reveal, after it or after this, in shares MOMENTS.
 
     L is prompt + answer.  rank: int64 [B, L], below `length` in the answer.  masks: int64 [B, 1].
     logits: float [B, L, V], the base's where the `masks` positions of lowest rank are masked.
