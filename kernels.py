@@ -510,14 +510,15 @@ def _reveal_fused(hidden, head, bias, rows, tokens, editable, mask_id, decision)
 @torch.no_grad()
 def decide_from_hidden(
     hidden: Tensor, head: Tensor, tokens: Tensor, mask_id: int, editable: Tensor | None = None,
-    bias: Tensor | None = None,
+    bias: Tensor | None = None, max_masked: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Eq. 1 from hidden states; logits = hidden @ head.T + bias exist at masked positions only.
 
     hidden: float [..., D].  head: the output weight [V, D], bias: [V]; same dtype and device.
-    The rest, NaN and ties too: as in decide_from_logits.  Workspace: max(256 MiB, 256 rows).  For
-    V > 1,024 the number of masked rows is asked of the device once: a CUDA graph and
-    torch.compile(fullgraph=True) then refuse.
+    The rest, NaN and ties too: as in decide_from_logits.  Workspace: max(256 MiB, 256 rows).
+    max_masked: a promise that no more than so many positions are masked and editable; further ones
+    stay masked.  Without it and for V > 1,024 the row count is asked of the device once: a CUDA
+    graph and torch.compile(fullgraph=True) then refuse.
     """
     editable = check_decision(hidden, tokens, mask_id, editable, head, bias)
     use_triton("triton", hidden)
@@ -543,7 +544,10 @@ def decide_from_hidden(
             _decide_rows(F.linear(hidden, head, bias), None, tokens, editable, mask_id, reveals)
         else:
             masked = tokens == mask_id if editable is None else editable & (tokens == mask_id)
-            rows = masked.flatten().nonzero().squeeze(1)  # waits for the device
+            if max_masked is None:
+                rows = masked.flatten().nonzero().squeeze(1)  # waits for the device
+            else:  # the masked rows first: a size known without asking the device
+                rows = (~masked).flatten().to(torch.uint8).argsort(stable=True)[:max_masked]
             few = len(rows) <= FUSED_ROWS and width % 16 == 0  # odd widths: narrow loads, spills
             if few:
                 _reveal_fused(hidden, head, bias, rows, tokens, editable, mask_id, reveals)

@@ -66,9 +66,8 @@ def call_everything(count, vocabulary, width, mask_id, dtype, brief):
     kernels.decide_from_logits(meta(len(few), vocabulary, dtype=dtype), few, mask_id)
     kernels.decide_from_logits(batch, ids, mask_id, may)
     kernels.decide_from_logits(meta(vocabulary, count, dtype=dtype).T, tokens, mask_id)
-    for most in (16, 32, 64, 1000) if vocabulary > kernels.DENSE_VOCABULARY else (count,):
-        given = hidden[:most], head, tokens[:most], mask_id, locks[:most], bias
-        kernels.decide_from_hidden(*given)
+    for most in (16, 32, 64, 1000) if vocabulary > kernels.DENSE_VOCABULARY else (None,):
+        kernels.decide_from_hidden(hidden, head, tokens, mask_id, locks, bias, most)
 
     past, rotate = meta(count, width, dtype=F32), width % 2 == 0
     kernels.history_step(past, tokens, head, 0.9, rotate)
