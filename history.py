@@ -6,8 +6,8 @@ Equation 2 of "Multi-Turn Reflective Masking Elicits Reasoning in Mask Diffusion
     a(t) = sum_{k=0..t}  gamma^(t-k) * R_(k-t) * wte(x(k))     the closed sum: history_embedding
     a(t) = wte(x(t)) + gamma * R_(-1) * a(t-1)                 the same, O(1): HistoryReference
 
-R_delta rotates the pair of coordinates (j, j + D/2) by delta * 10000^(-2j/D), so R_a R_b = R_(a+b),
-and a token of another age adds another vector.  Four variants, one formula: "rm", gamma = 0, no
+R_delta rotates the pair of coordinates (j, j + D/2) by delta * 10000^(-2j/D), so R_a R_b = R_(a+b):
+the same token at another age is another vector.  Four variants, one formula: "rm", gamma = 0, no
 history; "hr", gamma = 1, and "decay", gamma < 1, without rotation; "full", gamma < 1 with it
 (History Embedding Rotation, HER), the paper's method.  kernels.py is what a GPU runs instead.
 """
@@ -74,7 +74,7 @@ def history_embedding(
     if use_triton(impl, embedding):
         return kernels.history_sum(states, embedding, gamma, rotate, normalize)
 
-    # Rotation and decay are linear: a table of the tokens that occur ages, not every position.
+    # Rotation and decay are linear: each token that occurs ages once, then positions look it up.
     tokens, index = states.unique(return_inverse=True)
     table = wide(F.embedding(tokens.clamp(min=0), embedding))
     table = table * (tokens != ABSENT).unsqueeze(-1)

@@ -160,7 +160,7 @@ def _rows(x: Tensor) -> tuple[Tensor, int, int]:
     """
     x = x.reshape(-1, x.shape[-1])
     x = x if x.stride(1) == 1 else x.contiguous()
-    stride = x.stride(0) if len(x) > 1 else 0  # of a single row it may be anything
+    stride = x.stride(0) if len(x) > 1 else x.shape[1]  # of a single row it may be anything
     offset = 0 if torch.compiler.is_compiling() else x.storage_offset()  # cannot be traced
     aligned = all(n % 16 == 0 for n in (stride, x.shape[1], offset))
     return x, stride, 16 // x.dtype.itemsize if aligned else 1
@@ -384,8 +384,8 @@ def decide_from_logits(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Eq. 1 at every position, from logits: (best, confidence, remask, following).
 
-    logits: float [..., V].  tokens: int32 or int64 [...].  editable: bool, broadcastable to tokens;
-    elsewhere the token stays.  Returns, of tokens' shape, without gradient,
+    logits: float [..., V], copied if rows are not one stride apart.  tokens: int32 or int64 [...].
+    editable: bool, broadcastable; elsewhere the token stays.  Returns, of tokens' shape,
       best        the token; where masked and editable the likeliest but MASK, the lowest id of ties
       confidence  float32: there its log-probability among the tokens but MASK, elsewhere -inf
       remask      bool: visible and editable, and logit[M] > logit[x]
@@ -450,8 +450,7 @@ def _remask_kernel(
     if bias is not None:
         own = tl.load(bias + token, mask=use_row, other=0.0).to(tl.float32)
         gap += tl.load(bias + mask_row).to(tl.float32) - own
-    remask = use_row & (gap > 0.0)  # Eq. 1, first line
-    tl.store(remask_out + row, remask, mask=inside)
+    tl.store(remask_out + row, use_row & (gap > 0.0), mask=inside)  # Eq. 1, first line
 
 
 @jit(do_not_specialize=["count"])
@@ -879,14 +878,14 @@ def revision_cross_entropy(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Cross-entropy to the oracle action by role: (total, reveal, remask, keep), scalars in nats.
 
-    inputs: logits float [..., V]; or, with head, the output weight [V, D], and bias [V] or None,
-    hidden states float [..., D].  target, role: int32 or int64 [...]; role 0 reveal, 1 re-mask,
-    2 keep, -1 no loss.  A part is the sum over its role's positions divided by the number of
-    positions with any role, 0 where there are none; total is their sum by the weights and alone has
-    a gradient.  NaN, +inf and rows of -inf in a counted row propagate as in F.cross_entropy;
-    ignored rows are not read.  With head, logits exist for max(2,048 rows, 64 MiB) at a time,
-    gradients are computed on the way forward, and the number of counted rows is asked of the device
-    once: a CUDA graph and torch.compile(fullgraph=True) then refuse.
+    inputs: logits float [..., V], copied if rows are not one stride apart; or, with head, the
+    output weight [V, D], and bias [V] or None, hidden states float [..., D].  target, role: int32
+    or int64 [...]; role 0 reveal, 1 re-mask, 2 keep, -1 no loss.  A part is the sum over its role's
+    positions divided by the number of positions with any role, 0 where there are none; total, their
+    sum by the weights, alone has a gradient.  NaN, +inf and rows of -inf in a counted row propagate
+    as in F.cross_entropy; ignored rows are not read.  With head, logits exist for max(2,048 rows,
+    64 MiB) at a time, gradients are computed on the way forward, and the number of counted rows is
+    asked of the device once: a CUDA graph and torch.compile(fullgraph=True) then refuse.
     """
     check_loss(inputs, target, role, weights, head, bias)
     use_triton("triton", inputs)

@@ -146,10 +146,10 @@ def revision_loss(
     bias: as in decide; a GPU forms the logits of hidden states a block of rows at a time.  target,
     role: int64 [B, N].  weights: unequal ones of the last two move p(x).  ValueError: wrong shapes.
     """
-    how = (logits, target, role, weights, head, bias)
-    check_loss(*how)
+    arguments = (logits, target, role, weights, head, bias)
     if use_triton(impl, logits):
-        return RevisionLoss(*kernels.revision_cross_entropy(*how))
+        return RevisionLoss(*kernels.revision_cross_entropy(*arguments))
+    check_loss(*arguments)
     counted = role != IGNORE
     rows = logits[counted] if head is None else F.linear(logits[counted], head, bias)
     loss = F.cross_entropy(wide(rows), target[counted].long(), reduction="none")
@@ -174,7 +174,7 @@ def topk_wrong(
     """Plausible mistakes: uniform over the k likeliest tokens of a frozen model.
 
     logits: float [B, N, V], the model's at masked positions (one forward pass); the truth, MASK and
-    tokens at -inf are never drawn.  Returns int64 [B, N].  ValueError: no wrong token is left.
+    tokens at -inf are never drawn.  Returns int64 [B, N].  ValueError: a position has none left.
     """
     allowed = logits.scatter(-1, clean.unsqueeze(-1), -torch.inf)
     allowed[..., mask_id] = -torch.inf
@@ -263,10 +263,10 @@ def revise(
     context: tensors with one row per sequence (an attention mask, say), the denoiser's keywords;
     finished sequences leave the batch, and their rows of context too.  A sequence ends with
 
-      FIXED_POINT   the turn changed nothing.  With history the memory still changes after that, so
-                    a later turn might differ; it counts as settled, as in the released code.
-      CYCLE         the new state equals `patience` earlier ones.  None: 1 at gamma 0, where Eq. 1
-                    then loops for ever; 3 with history, as the memory differs.
+      FIXED_POINT   the turn changed nothing.  With history, whose memory still changes, a later
+                    one might; it counts as settled, as in the released code.
+      CYCLE         the new state equals `patience` earlier ones.  None: 1 where Eq. 1 then loops
+                    for ever, without history; 3 with history or a rule, which knows the turn.
       OUT_OF_TURNS  max_turns forward passes were made.
 
     In its last turn every mask is revealed and nothing is re-masked, so no MASK is left.
@@ -276,13 +276,13 @@ def revise(
     require(reveal is None or reveal >= 1, f"reveal must be None or at least 1, got {reveal}")
     compatible = rule is None or (head is None and reveal is None)
     require(compatible, "head and reveal belong to Eq. 1, which rule replaces")
+    patience = patience or (3 if history.gamma or rule else 1)
     eq1 = partial(decide, head=head, bias=bias, impl=impl)
     rule = rule or (lambda *now, editable, **_: eq1(*now, editable, reveal))
     editable = torch.ones_like(tokens).bool() if editable is None else editable.expand_as(tokens)
     locked = (tokens == mask_id) & ~editable
     require(not locked.any(), "tokens has MASK at a position that editable locks")
     context = context or {}
-    patience = patience or (3 if history.gamma else 1)
 
     history.reset()
     states = [tokens]  # x(0), x(1), ... of all sequences
@@ -299,15 +299,15 @@ def revise(
         following = rule(logits, tokens, mask_id, editable=editable, turn=turn, max_turns=max_turns)
 
         settled = (following == tokens).all(-1)
-        times = sum((state[running] == following).all(-1).int() for state in states)
-        returned = times >= patience
+        seen = sum((state[running] == following).all(-1).int() for state in states)  # so often
+        returned = seen >= patience
         turns[running] = turn
         status[running] = torch.where(settled, 0, torch.where(returned, 1, 2))  # of STATUS
         going = ~settled & ~returned & (turn < max_turns)
-        ending = ~going.unsqueeze(-1) & (following == mask_id)  # a sequence ends without MASK
-        if ending.any():
-            revealed = eq1(logits, tokens, mask_id, ending, allow_remask=False)
-            following = torch.where(ending, revealed, following)
+        unfilled = ~going.unsqueeze(-1) & (following == mask_id)  # a sequence ends without MASK
+        if unfilled.any():
+            revealed = eq1(logits, tokens, mask_id, unfilled, allow_remask=False)
+            following = torch.where(unfilled, revealed, following)
 
         states.append(states[-1].index_copy(0, running, following))
         if not going.any():
@@ -445,8 +445,7 @@ def demo(steps: int = 300) -> float:
     def examples(count: int) -> tuple[Tensor, Tensor, Tensor]:
         clean = torch.randint(1, 27, (count, 6)).repeat(1, 4)  # letters are 1 to 26, MASK is 0
         chosen = torch.rand(count, 24).argsort(-1) < 3  # where it starts wrong or masked
-        wrong = (clean + torch.randint(25, clean.shape)) % 26 + 1  # any other letter
-        return clean, chosen, wrong
+        return clean, chosen, (clean + torch.randint(25, clean.shape)) % 26 + 1  # another letter
 
     for step in range(1, steps + 1):
         clean, chosen, wrong = examples(64)
@@ -541,17 +540,14 @@ def train(
         for step in range(saved["step"], steps):
             began = time.perf_counter()
             generator.manual_seed(seed * 1_000_003 + step)
-            states, clean, editable, *position_weight = sample(batch_size, generator)
-            states, clean = states[:, rank::world], clean[rank::world]
-            editable = None if editable is None else editable[rank::world]
+            states, *rest = sample(batch_size, generator)
+            states = states[:, rank::world]
+            clean, editable, *weight = (x if x is None else x[rank::world] for x in rest)
             target, role = oracle(states[-1], clean, mask_id, editable)
             inputs = history_embedding(states, model.embedding, gamma, rotate)
             with mixed_precision(device):
                 logits = network(inputs).float()
-            if position_weight:
-                loss = mask_loss(logits, target, role, position_weight[0][rank::world])
-            else:
-                loss = revision_loss(logits, target, role)
+            loss = (mask_loss if weight else revision_loss)(logits, target, role, *weight)
             update(model, loss.total, role, optimization, step + 1)
             seconds += time.perf_counter() - began
 
@@ -815,9 +811,9 @@ def replace_file(path: Path, write: Callable[[Path], None], tell: bool = True) -
     regular = path.is_file() or not path.exists()  # else, a pipe or a device, it is written into
     target = path.resolve()  # a link is followed
     with naming(path, "cannot be written"):
-        if regular:
-            target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent if regular else None) as folder:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        where = target.parent if regular else None
+        with tempfile.TemporaryDirectory(suffix=".tmp", dir=where) as folder:
             temporary = Path(folder, path.name)
             write(temporary)
             if regular:

@@ -160,8 +160,7 @@ def corrupt(clean: Tensor, seed: int, low: int = 4, high: int = 20) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     count = torch.randint(low, high + 1, (len(clean), 1), generator=generator)
     order = torch.rand(clean.shape, generator=generator).argsort(-1).argsort(-1)
-    wrong = wrong_digits(clean, generator)
-    return torch.where(order < count, wrong, clean)
+    return torch.where(order < count, wrong_digits(clean, generator), clean)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -446,8 +445,7 @@ def show_turn(now: Tensor, before: Tensor) -> str:
     text = ""
     for cell, broken in enumerate(conflicts(now).tolist()):
         digit = int(now[cell])
-        change = "+" if digit else "-"
-        text += change if now[cell] != before[cell] else " "
+        text += "-+"[digit > 0] if now[cell] != before[cell] else " "
         text += f"{digit or '_'}{'!' if broken else ' '}"
         text += "| " if cell % 9 in (2, 5) else ""
         text += "\n" if cell % 9 == 8 else ""

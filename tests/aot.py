@@ -57,7 +57,7 @@ def meta(*shape, dtype=torch.int64, grad=False):
 def call_everything(count, vocabulary, width, mask_id, dtype, brief):
     """Every public function, so every launch: strides, int32 ids and each switch (brief: fewer)."""
     tokens, locks = meta(count), meta(count, dtype=torch.bool)
-    ids = meta(2, 3 * count, dtype=torch.int32)  # at shape llada a stride beyond 2^31
+    ids = meta(2, 3 * count, dtype=torch.int32)
     batch, may = meta(2, 3 * count, vocabulary, dtype=dtype), meta(3 * count, dtype=torch.bool)
     hidden, head = meta(count, width, dtype=dtype), meta(vocabulary, width, dtype=dtype)
     bias = meta(vocabulary, dtype=dtype)
@@ -65,7 +65,9 @@ def call_everything(count, vocabulary, width, mask_id, dtype, brief):
     few = tokens[:64]
     kernels.decide_from_logits(meta(len(few), vocabulary, dtype=dtype), few, mask_id)
     kernels.decide_from_logits(batch, ids, mask_id, may)
-    kernels.decide_from_logits(meta(vocabulary, count, dtype=dtype).T, tokens, mask_id)
+    size = min(3, count), vocabulary
+    far = torch.empty_strided(size, (2**31 + 64, 1), dtype=dtype, device="meta")
+    kernels.decide_from_logits(far, tokens[:3], mask_id)
     for most in (16, 32, 64, 1000) if vocabulary > kernels.DENSE_VOCABULARY else (None,):
         kernels.decide_from_hidden(hidden, head, tokens, mask_id, locks, bias, most)
 

@@ -355,7 +355,7 @@ def smoke(tmp_path_factory):
     names = {"full_seed0.pt", "full_seed0.json", "full_table.json", "full_curve.png"}
     assert names <= {path.name for path in out.iterdir()} and "paper, full" in stdout
     assert "full_seed0 4/4" in stdout and " left" in stdout and "drawing 2 puzzles" in stdout
-    assert not list(out.glob("tmp*")) and not list(out.glob("*.resume.pt"))
+    assert not list(out.glob("*.tmp")) and not list(out.glob("*.resume.pt"))
     return out
 
 
@@ -567,7 +567,7 @@ def test_bad_input_is_named_in_one_line(arguments, message, tmp_path, monkeypatc
         rm.run_script(sudoku.main)
     stderr = capsys.readouterr().err
     assert stop.value.code == 2 and stderr.count("\n") == 1 and message in stderr, stderr
-    assert not list(tmp_path.glob("tmp*"))
+    assert not list(tmp_path.glob("*.tmp"))
 
 
 # --- the shipped checkpoint

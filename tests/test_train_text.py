@@ -525,7 +525,7 @@ def smoke(tmp_path_factory):
     runs = [f"{task}_{variant}_seed0" for task in text.TASKS for variant in text.VARIANTS]
     names = {f"{run}.{end}" for run in runs for end in ("pt", "json")}
     assert names <= {path.name for path in out.iterdir()}
-    assert not list(out.glob("*.resume.pt")) and not list(out.glob("tmp*"))
+    assert not list(out.glob("*.resume.pt")) and not list(out.glob("*.tmp"))
     assert "precalculus" in done.stdout and "minus SFT" in done.stdout
     return out
 
