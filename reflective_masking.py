@@ -572,44 +572,19 @@ def make_optimizers(
 ) -> list:
     """[AdamW, Muon for the matrices of the blocks], then a schedule each: warm-up and cosine."""
     matrices = [p for p in model.blocks.parameters() if p.ndim == 2 and min(p.shape) >= 16]
+    if not has_bf16(model.embedding.device):  # Muon multiplies in it: emulated, AdamW is far faster
+        matrices = []
     chosen = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in chosen]
     optimizers = [torch.optim.AdamW(others, learning_rate, betas=(0.9, 0.98), weight_decay=0.0)]
     if matrices:  # Muon's update has about the spectral norm 1: it needs a higher rate
-        muon = torch.optim.Muon if has_bf16(matrices[0].device) else Float32Muon
-        optimizers.append(muon(matrices, muon_factor * learning_rate, weight_decay=0.01))
+        rate = muon_factor * learning_rate
+        optimizers.append(torch.optim.Muon(matrices, rate, weight_decay=0.01))
 
     def scale(step: int) -> float:
         return min((step + 1) / max(warmup, 1), 0.5 + 0.5 * math.cos(math.pi * step / steps))
 
     return optimizers + [torch.optim.lr_scheduler.LambdaLR(o, scale) for o in optimizers]
-
-
-class Float32Muon(torch.optim.Muon):
-    """torch's Muon without bf16, in which a processor that only emulates it is 20 times slower."""
-
-    @torch.no_grad()
-    def step(self, closure=None) -> None:
-        for group in self.param_groups:
-            for matrix in group["params"]:
-                state = self.state[matrix]
-                momentum = state.setdefault("momentum_buffer", torch.zeros_like(matrix))
-                momentum.lerp_(matrix.grad, 1 - group["momentum"])
-                direction = matrix.grad.lerp(momentum, group["momentum"])
-                rate = group["lr"] * max(1, matrix.shape[0] / matrix.shape[1]) ** 0.5
-                matrix.mul_(1 - group["lr"] * group["weight_decay"])
-                matrix.sub_(rate * orthogonal(direction))
-
-
-def orthogonal(x: Tensor) -> Tensor:
-    """About U V^T of x = U S V^T, [n, m]: five Newton-Schulz steps with Muon's coefficients."""
-    if len(x) > x.shape[1]:
-        return orthogonal(x.T).T
-    x = x / x.norm().clamp(min=1e-7)
-    for _ in range(5):
-        gram = x @ x.T
-        x = 3.4445 * x + (2.0315 * gram @ gram - 4.775 * gram) @ x
-    return x
 
 
 def update(model: nn.Module, loss: Tensor, role: Tensor, optimization: list, step: int) -> None:
