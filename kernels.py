@@ -270,17 +270,20 @@ def _log_p(top, rest):  # -log1p(rest), the log-probability of best
 
 @jit
 def _locate(rows, tokens, editable, count, mask_id, ROWS: tl.constexpr):
-    # Index in the list of rows, does it exist, position, token; may it change, is it then masked.
+    # Index in the list of rows, does it exist, position, token; may it change: masked, or visible.
     index = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = index < count
     row = index
     if rows is not None:
         row = tl.load(rows + index, mask=inside, other=0).to(tl.int64)
     token = tl.load(tokens + row, mask=inside, other=0).to(tl.int32)
-    free = inside
+    masked = inside & (token == mask_id)
+    visible = inside & (token != mask_id)
     if editable is not None:
-        free = inside & (tl.load(editable + row, mask=inside, other=0) != 0)
-    return index, inside, row, token, free, free & (token == mask_id)
+        may_change = tl.load(editable + row, mask=inside, other=0) != 0
+        masked &= may_change
+        visible &= may_change
+    return index, inside, row, token, masked, visible
 
 
 @jit
@@ -299,11 +302,12 @@ def _decide_kernel(
 ):  # fmt: skip
     # Grid: (ROWS positions, parts of a row).  With rows, logits are of the positions in rows alone;
     # without remask_out only masked ones are written; with top_out parts leave states to be merged.
-    index, inside, row, token, free, masked = _locate(rows, tokens, editable, count, mask_id, ROWS)
+    located = _locate(rows, tokens, editable, count, mask_id, ROWS)
+    index, inside, row, token, masked, visible = located
     line = logits + index * stride
     part = tl.program_id(1)
     if remask_out is not None and part == 0:
-        visible = free & (token != mask_id) & (token >= 0) & (token < vocabulary)
+        visible &= (token >= 0) & (token < vocabulary)
         own = tl.load(line + token, mask=visible, other=0.0)
         at_mask = tl.load(line + mask_id, mask=visible, other=0.0)
         remask = visible & (at_mask.to(tl.float32) > own.to(tl.float32))  # Eq. 1, first line
@@ -317,10 +321,10 @@ def _decide_kernel(
         if GROUP > 1:
             best = _first_in_group(line, masked, top, best, vocabulary, mask_id, GROUP)
         if top_out is not None:
-            at = index * tl.num_programs(1) + part
-            tl.store(top_out + at, top, mask=masked)
-            tl.store(state_out + at, best, mask=masked)
-            tl.store(rest_out + at, rest, mask=masked)
+            slot = index * tl.num_programs(1) + part
+            tl.store(top_out + slot, top, mask=masked)
+            tl.store(state_out + slot, best, mask=masked)
+            tl.store(rest_out + slot, rest, mask=masked)
         else:
             _store_reveal(row, masked, top, best, rest, mask_id, best_out, confidence_out)
 
@@ -332,13 +336,13 @@ def _merge_kernel(
     count, chunks, mask_id, ROWS: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     # Grid: one program per ROWS rows: merges the states of a row, always in the same order.
-    index, _, row, _, _, masked = _locate(rows, tokens, editable, count, mask_id, ROWS)
+    index, _, row, _, masked, _ = _locate(rows, tokens, editable, count, mask_id, ROWS)
     chunk = tl.arange(0, CHUNKS)[None, :]
-    at = index[:, None] * chunks + chunk
+    slot = index[:, None] * chunks + chunk
     use = masked[:, None] & (chunk < chunks)
-    top = tl.load(top_in + at, mask=use, other=-float("inf"))
-    best = tl.load(best_in + at, mask=use, other=NO_TOKEN)
-    rest = tl.load(rest_in + at, mask=use, other=0.0)
+    top = tl.load(top_in + slot, mask=use, other=-float("inf"))
+    best = tl.load(best_in + slot, mask=use, other=NO_TOKEN)
+    rest = tl.load(rest_in + slot, mask=use, other=0.0)
     top, best, rest = _collapse(top, best, rest)
     _store_reveal(row, masked, top, best, rest, mask_id, best_out, confidence_out)
 
@@ -431,12 +435,12 @@ def _remask_kernel(
 ):  # fmt: skip
     # Grid: one program per ROWS positions; those that are not visible load nothing.  The
     # difference of two rows of the head: equal rows tie, whatever the rounding.
-    _, inside, row, token, free, _ = _locate(None, tokens, editable, count, mask_id, ROWS)
+    _, inside, row, token, _, visible = _locate(None, tokens, editable, count, mask_id, ROWS)
     # Masked positions too: their reveals come later.
     tl.store(best_out + row, token, mask=inside)
     tl.store(confidence_out + row, -float("inf"), mask=inside)
     token = token.to(tl.int64)
-    use_row = free & (token != mask_id) & (token >= 0) & (token < vocabulary)
+    use_row = visible & (token >= 0) & (token < vocabulary)
     mask_row = tl.cast(mask_id, tl.int64)
     apart = tl.zeros([ROWS, COLUMNS], tl.float32)
     for start in range(0, width, COLUMNS):
@@ -462,7 +466,7 @@ def _fused_head_kernel(
 ):  # fmt: skip
     # Grid: (row tiles, column tiles); row tiles vary fastest, so those that share columns of the
     # head run together and read them from the cache.  A tile without a masked row does nothing.
-    index, _, row, _, _, wanted = _locate(rows, tokens, editable, count, mask_id, ROWS)
+    index, _, row, _, wanted, _ = _locate(rows, tokens, editable, count, mask_id, ROWS)
     if tl.max(wanted.to(tl.int32), 0) > 0:
         column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
         logits = tl.zeros([ROWS, COLUMNS], tl.float32)
@@ -471,8 +475,8 @@ def _fused_head_kernel(
             use = wanted[:, None] & (inner[None, :] < width)
             h = tl.load(hidden + row[:, None] * width + inner[None, :], mask=use, other=0.0)
             use = (column[None, :] < vocabulary) & (inner[:, None] < width)
-            at = head + column.to(tl.int64)[None, :] * width + inner[:, None]
-            w = tl.load(at, mask=use, other=0.0)
+            pointer = head + column.to(tl.int64)[None, :] * width + inner[:, None]
+            w = tl.load(pointer, mask=use, other=0.0)
             if UPCAST:  # the interpreter multiplies bf16 as bit patterns
                 h, w = h.to(tl.float32), w.to(tl.float32)
             logits = tl.dot(h, w, logits, input_precision="ieee")  # decisions hang on float32
@@ -482,10 +486,10 @@ def _fused_head_kernel(
         ids = column[None, :] + tl.zeros([ROWS, COLUMNS], tl.int32)
         logits = tl.where((ids < vocabulary) & (ids != mask_id), logits, -float("inf"))
         top, best, rest = _collapse(logits, ids, tl.zeros([ROWS, COLUMNS], tl.float32))
-        at = index * tl.num_programs(1) + tl.program_id(1)
-        tl.store(top_out + at, top, mask=wanted)
-        tl.store(best_out + at, best, mask=wanted)
-        tl.store(rest_out + at, rest, mask=wanted)
+        slot = index * tl.num_programs(1) + tl.program_id(1)
+        tl.store(top_out + slot, top, mask=wanted)
+        tl.store(best_out + slot, best, mask=wanted)
+        tl.store(rest_out + slot, rest, mask=wanted)
 
 
 def _reveal_fused(hidden, head, bias, rows, tokens, editable, mask_id, decision) -> None:
@@ -757,9 +761,9 @@ def _parts_kernel(loss, role, total_out, parts_out, count, reveal, remask, keep)
     sums = tl.zeros([4, BLOCK], tl.float32)
     number = tl.zeros([BLOCK], tl.int32)
     for start in range(0, count, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        kind = tl.load(role + at, mask=at < count, other=-1)
-        x = tl.load(loss + at, mask=(at < count) & (kind >= 0), other=0.0)
+        position = start + tl.arange(0, BLOCK)
+        kind = tl.load(role + position, mask=position < count, other=-1)
+        x = tl.load(loss + position, mask=(position < count) & (kind >= 0), other=0.0)
         sums += tl.where(kind[None, :] == kinds[:, None], x[None, :], 0.0)
         number += (kind >= 0).to(tl.int32)
     counted = tl.maximum(tl.sum(number, 0), 1).to(tl.float32)
@@ -790,8 +794,8 @@ def _nll_gradient_kernel(
     x = tl.load(logits + row[:, None] * stride + column, mask=use, other=0.0).to(tl.float32)
     slope = _exp(x - shift[:, None]) - tl.where(column == goal[:, None], 1.0, 0.0)  # p - onehot
     slope = tl.where(counted[:, None], weight[:, None] * slope, 0.0)
-    at = out + row[:, None] * vocabulary + column
-    tl.store(at, slope, mask=inside[:, None] & (column < vocabulary))
+    pointer = out + row[:, None] * vocabulary + column
+    tl.store(pointer, slope, mask=inside[:, None] & (column < vocabulary))
 
 
 def _nll(logits, target, role) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """Reflective Masking (RM): a mask diffusion model that revises its own answer over several turns.
 
 "Multi-Turn Reflective Masking Elicits Reasoning in Mask Diffusion Models", Zhang, Bian, Qi, Yao,
-Huang, Zhou, 2026, arXiv 2606.16700.  Part I is the method, Part II training and files:
+Huang, Zhou, 2026, arXiv 2606.16700.  Part II is training and files, Part I the method:
 
     1. decide                          Eq. 1: keep, re-mask or reveal, every position at once
     2. oracle_action, revision_loss    the right action, and the three losses
@@ -68,9 +68,10 @@ def decide(
         how = (head, tokens, mask_id, editable, bias)
         best, confidence, remask, _ = kernels.decide_from_hidden(logits, *how)
     else:
-        free = True if editable is None else editable
-        remask = free & (logit(torch.full_like(tokens, mask_id)) > logit(tokens))  # p(M) > p(x)
-        masked = free & (tokens == mask_id)
+        # Eq. 1 with logits for probabilities: a softmax keeps their order.
+        editable = True if editable is None else editable
+        remask = editable & (logit(torch.full_like(tokens, mask_id)) > logit(tokens))  # p(M) > p(x)
+        masked = editable & (tokens == mask_id)
         rows = logits[masked] if head is None else F.linear(logits[masked], head, bias)
         revealed, sure = best_token(rows, mask_id)  # argmax over V without M
         best = tokens.masked_scatter(masked, revealed.to(tokens.dtype))

@@ -124,7 +124,7 @@ class Tokenizer:
 class Author(random.Random):
     """Each template returns a prompt, in math the steps of a right answer, and the result."""
 
-    def draw(self, *bounds: tuple[int, int]) -> list[int]:
+    def integers(self, *bounds: tuple[int, int]) -> list[int]:
         return [self.randint(*pair) for pair in bounds]
 
     def plus(self, a: int, b: int) -> str:
@@ -136,12 +136,12 @@ class Author(random.Random):
         return f"{a}*{b}={a * b}"
 
     def sum_of_products(self):
-        a, b, c, d = self.draw(*[(2, 9)] * 4)
+        a, b, c, d = self.integers(*[(2, 9)] * 4)
         steps = self.sample([self.times(a, b), self.times(c, d)], 2)
         return f"{a}*{b}+{c}*{d}", *steps, self.plus(a * b, c * d), a * b + c * d
 
     def linear_equation(self):
-        a, bracket, b = self.draw((2, 9), (2, 10), (1, 9))
+        a, bracket, b = self.integers((2, 9), (2, 10), (1, 9))
         x = self.randint(1, bracket - 1)
         p, c = bracket - x, a * bracket + b
         solving = f"{c}-{b}={c - b}", f"{c - b}/{a}={bracket}", f"{bracket}-{p}={x}"
@@ -149,14 +149,14 @@ class Author(random.Random):
         return f"solve {a}(x+{p})+{b}={c}", *self.choice((solving, checking)), x
 
     def three_unknowns(self):
-        a, b, z = self.draw((2, 9), (2, 9), (1, 9))
-        x, y = self.draw((1, a - 1), (1, b - 1))
+        a, b, z = self.integers((2, 9), (2, 9), (1, 9))
+        x, y = self.integers((1, a - 1), (1, b - 1))
         p, q = a - x, b - y
         steps = self.plus(x, p), self.plus(y, q), self.times(a, b), self.plus(a * b, z)
         return f"(x+{p})(y+{q})+z={a * b + z}: x, y, z?", *steps, f"{x},{y},{z}"
 
     def number_with_remainder(self):
-        b, quotient = self.draw((3, 9), (1, 9))
+        b, quotient = self.integers((3, 9), (1, 9))
         rest = self.randint(1, b - 1)
         number = b * quotient + rest
         steps = self.times(b, quotient), self.plus(b * quotient, rest)
@@ -172,13 +172,13 @@ class Author(random.Random):
         return prompt, *steps, f"{balls}-{red}={balls - red}", f"{red},{balls - red}"
 
     def rectangle(self):
-        a, b = self.draw((1, 36), (2, 36))
+        a, b = self.integers((1, 36), (2, 36))
         steps = f"{2 * (a + b)}/2={a + b}", f"{a}+{b}={a + b}"
         side = self.randint(1, max(a, b) - 1)
         return f"perimeter {2 * (a + b)}, a side over {side}: sides?", *steps, f"{a},{b}"
 
     def dot_product(self):
-        a, b, c, d = self.draw(*[(1, 9)] * 4)
+        a, b, c, d = self.integers(*[(1, 9)] * 4)
         steps = self.sample([self.times(a, c), self.times(b, d)], 2)
         return f"({a},{b}) dot ({c},{d})", *steps, self.plus(a * c, b * d), a * c + b * d
 
@@ -187,14 +187,14 @@ class Author(random.Random):
         condition = self.choice(list(CONDITIONS))
         finish = self.choice(list(FINISHES))
         mapping = "" if finish == "number of " else self.choice(list(MAPS))
-        k, m = self.draw((1, 8), (2, 9))
+        k, m = self.integers((1, 8), (2, 9))
         test = self.choice(CONDITIONS[condition])
         expression = self.choice(MAPS[mapping])
         program = self.choice(FINISHES[finish]).format(e=expression, test=test).format(k=k, m=m)
 
         prompt = f"{finish}{mapping}{condition}".format(k=k, m=m)
         while prompt.count("|") < 2:
-            xs = self.draw((0, 9), (0, 9))
+            xs = self.integers((0, 9), (0, 9))
             with suppress(ValueError):  # nothing is the largest of no values
                 shown = eval(compiled(program), {"xs": xs})  # our own text, never a model's
                 shown = shown if isinstance(shown, list) else [shown]
@@ -205,13 +205,13 @@ class Author(random.Random):
         """Four options, one right: a product, a sum, the next of a sequence, the largest."""
         kind = self.randrange(4)
         if kind == 0:
-            a, b = self.draw((2, 9), (2, 9))
+            a, b = self.integers((2, 9), (2, 9))
             question, right = f"{a}*{b}", a * b
         elif kind == 1:
-            a, b = self.draw((10, 45), (10, 45))
+            a, b = self.integers((10, 45), (10, 45))
             question, right = f"{a}+{b}", a + b
         elif kind == 2:
-            a, step = self.draw((1, 36), (2, 9))
+            a, step = self.integers((1, 36), (2, 9))
             question, right = f"next of {a}, {a + step}, {a + 2 * step}", a + 3 * step
         else:
             question, right = "the largest", self.randint(10, 90)
