@@ -7,9 +7,8 @@ Equation 2 of "Multi-Turn Reflective Masking Elicits Reasoning in Mask Diffusion
     a(t) = wte(x(t)) + gamma * R_(-1) * a(t-1)                 the same, O(1): HistoryReference
 
 R_delta rotates the pair of coordinates (j, j + D/2) by delta * 10000^(-2j/D), so R_a R_b = R_(a+b):
-the same token at another age is another vector.  Four variants, one formula: "rm", gamma = 0, no
-history; "hr", gamma = 1, and "decay", gamma < 1, without rotation; "full", gamma < 1 with it
-(History Embedding Rotation, HER), the paper's method.  kernels.py is what a GPU runs instead.
+the same token at another age is another vector.  Variants: "rm", gamma = 0, no history; "hr", 1,
+and "decay", < 1, without rotation (HER); "full", with it.  A GPU runs kernels.py instead.
 """
 
 import torch
@@ -106,10 +105,7 @@ class HistoryReference:
 
     @torch.no_grad()
     def push(self, tokens: Tensor) -> Tensor:
-        """Adds the state tokens, int64 [B, N]; returns a(t), [B, N, D] in the embedding's dtype.
-
-        Raises ValueError when B or N differ from the last push (use keep or reset first).
-        """
+        """Adds the state tokens, int64 [B, N] as before; returns a(t), [B, N, D].  ValueError."""
         expected = tokens.shape if self.sum is None else self.sum.shape[:-1]
         check_ids("tokens", tokens, expected, self.embedding.device, 0, len(self.embedding))
         if use_triton(self.impl, self.embedding):

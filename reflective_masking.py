@@ -48,13 +48,12 @@ def decide(
     states [B, N, D]: only masked positions get logits.  tokens: int64 [B, N].  editable: bool
     [B, N] or [N]; elsewhere nothing changes.  reveal: at most that many reveals a sequence (int, or
     int64 [B]), the most confident first; None: all.  allow_remask, allow_reveal switch one kind
-    off.  impl: "torch", "triton" or None, triton on a GPU.  Returns int64 [B, N].  Ties reveal the
-    lowest id; NaN never re-masks and wins the argmax.  ValueError: wrong shapes.
+    off.  impl: "torch", "triton" or None, triton on a GPU.  Returns int64 [B, N]; ties reveal the
+    lowest id.  ValueError: wrong shapes.
     """
     editable = check_decision(logits, tokens, mask_id, editable, head, bias)
     if not allow_reveal:  # then no masked row need be read
-        visible = tokens != mask_id
-        editable = visible if editable is None else editable & visible
+        editable = (tokens != mask_id) & (True if editable is None else editable)
 
     def logit(ids: Tensor) -> Tensor:  # of one token at every position, [B, N]
         if head is None:
@@ -75,8 +74,7 @@ def decide(
         rows = logits[masked] if head is None else F.linear(logits[masked], head, bias)
         revealed, sure = best_token(rows, mask_id)  # argmax over V without M
         best = tokens.masked_scatter(masked, revealed.to(tokens.dtype))
-        confidence = torch.full_like(tokens, -torch.inf, dtype=sure.dtype)
-        confidence = confidence.masked_scatter(masked, sure)
+        confidence = sure.new_full(tokens.shape, -torch.inf).masked_scatter(masked, sure)
 
     if reveal is not None:
         most = torch.as_tensor(reveal, device=tokens.device).reshape(-1, 1)
@@ -168,25 +166,6 @@ def revision_loss(
 # 3. Synthetic revision trajectories
 
 
-def topk_wrong(
-    logits: Tensor, clean: Tensor, mask_id: int, k: int = 8,
-    generator: torch.Generator | None = None,
-) -> Tensor:  # fmt: skip
-    """Plausible mistakes: uniform over the k likeliest tokens of a frozen model.
-
-    logits: float [B, N, V], the model's at masked positions (one forward pass); the truth, MASK and
-    tokens at -inf are never drawn.  Returns int64 [B, N].  ValueError: a position has none left.
-    """
-    allowed = logits.scatter(-1, clean.unsqueeze(-1), -torch.inf)
-    allowed[..., mask_id] = -torch.inf
-    ranked = allowed.topk(max(1, min(k, logits.shape[-1] - 2)), dim=-1)
-    possible = (ranked.values > -torch.inf).sum(-1)
-    require(bool((possible > 0).all()), "logits leave no wrong token to draw at some position")
-    uniform = torch.rand(clean.shape, generator=generator, device=clean.device)
-    pick = (uniform * possible).long()  # ~ U{0..possible-1}
-    return ranked.indices.gather(-1, pick.unsqueeze(-1)).squeeze(-1)
-
-
 def sample_trajectory(
     clean: Tensor, editable: Tensor, wrong: Tensor, mask_id: int, T: int = 6,
     p_wrong: float | Tensor = 0.5, generator: torch.Generator | None = None,
@@ -198,9 +177,8 @@ def sample_trajectory(
                                       beta ~ U{1..T-1}, mu ~ U{beta+1..T}
         mask                          M before mu, then x*;  mu ~ U{1..T}
     clean: int64 [B, N], x*.  editable: bool [B, N], the positions that take part: all that may
-    change (the paper) or some, so that x(0) holds right tokens too.  wrong: int64 [B, N].
-    p_wrong (0.5 is ours): a number, or a float or bool tensor that broadcasts to [B, N].  Train on
-    x(t), t ~ U{0..T-1}.  Returns int64 [T+1, B, N].  ValueError: wrong shapes.
+    change (the paper) or some, so that x(0) holds right tokens too.  wrong: int64 [B, N].  p_wrong
+    (0.5 is ours): a number or a tensor.  Returns int64 [T+1, B, N].  ValueError: wrong shapes.
     """
     shapes = [[*x.shape] for x in (clean, editable, wrong)]
     require(shapes[0] == shapes[1] == shapes[2], f"clean, editable and wrong differ: {shapes}")
@@ -221,8 +199,7 @@ def sample_trajectory(
 def history_until(trajectory: Tensor, t: Tensor) -> Tensor:
     """Each sequence's states x(0), ..., x(t), the current one last: for history_embedding.
 
-    trajectory: int64 [T+1, B, N].  t: int64 [B].  Returns [max(t)+1, B, N]; shorter ones begin
-    with ABSENT.
+    trajectory: int64 [T+1, B, N].  t: int64 [B].  Returns [max(t)+1, B, N], ABSENT before x(0).
     """
     length = int(t.max()) + 1
     index = torch.arange(length, device=t.device).unsqueeze(1) - (length - 1) + t  # [length, B]
@@ -259,10 +236,9 @@ def revise(
     denoiser: any callable from input embeddings [B, N, D] to logits [B, N, V], the transformer
     below or lambda e: hf_model(inputs_embeds=e).logits; with head to hidden states [B, N, D].
     tokens: int64 [B, N], MASK where nothing stands yet.  history: it is reset first.  editable,
-    reveal, head, bias, impl: as in decide.  rule: in place of Eq. 1, for baselines; rule(logits,
-    tokens, mask_id, editable=, turn=, max_turns=) -> int64 [B, N], where turn counts from 1.
-    context: tensors with one row per sequence (an attention mask, say), the denoiser's keywords;
-    finished sequences leave the batch, and their rows of context too.  A sequence ends with
+    reveal, head, bias, impl: as in decide.  rule: in place of Eq. 1; rule(logits, tokens, mask_id,
+    editable=, turn=, max_turns=) -> int64 [B, N], turn from 1.  context: the denoiser's keywords,
+    tensors with a row a sequence, which leaves with it.  A sequence ends with
 
       FIXED_POINT   the turn changed nothing.  With history, whose memory still changes, a later
                     one might; it counts as settled, as in the released code.
@@ -292,16 +268,14 @@ def revise(
     running = torch.arange(len(tokens), device=tokens.device)  # those in the batch, at work
     for turn in range(1, max_turns + 1):  # from x(turn - 1) to x(turn)
         logits = denoiser(history.push(tokens), **context)  # Eq. 2, then the network
-        got = f"denoiser returned {[*logits.shape]} for tokens {[*tokens.shape]}"
-        hint = "tensors with one row per sequence go into context, which shrinks with the batch"
-        require(logits.shape[:2] == tokens.shape, f"{got}; {hint}")
+        got = f"denoiser returned {[*logits.shape]} for tokens {[*tokens.shape]}: see context"
+        require(logits.shape[:2] == tokens.shape, got)
         nan = logits.amax(-1).isnan() & editable  # reads every logit: cheap beside the network
         require(not nan.any(), f"denoiser returned NaN in turn {turn}")
         following = rule(logits, tokens, mask_id, editable=editable, turn=turn, max_turns=max_turns)
 
         settled = (following == tokens).all(-1)
-        seen = sum((state[running] == following).all(-1).int() for state in states)  # so often
-        returned = seen >= patience
+        returned = sum((state[running] == following).all(-1).int() for state in states) >= patience
         turns[running] = turn
         status[running] = torch.where(settled, 0, torch.where(returned, 1, 2))  # of STATUS
         going = ~settled & ~returned & (turn < max_turns)
@@ -328,9 +302,8 @@ def revise(
 class TransformerConfig:
     """Size and position scheme; saved inside every checkpoint.
 
-    coordinates: N rows of K small integers, where each position is along each axis; None: its
-    index.  With K >= 2 (ours) every head learns one bias for each combination of coordinates that
-    two positions share: same row, same row and column, ...
+    coordinates: N rows of K small integers, a position's place along each axis; None: its index.
+    With K >= 2 (ours) every head learns a bias for each set of coordinates that two share.
     positions: "learned" embeds coordinates; "both" also rotates queries and keys by the first two.
     """
 
@@ -381,20 +354,16 @@ class Block(nn.Module):
 
 
 class MaskDiffusionTransformer(nn.Module):
-    """A small transformer that reads input embeddings, so that History Reference can replace them.
+    """A small transformer that reads input embeddings, so that a(t) of Eq. 2 can stand for them.
 
-    embedding: the weight [V, D].  Called on float [B, N, D] (a(t) of Eq. 2) it returns logits,
-    float [B, N, V].  Raises ValueError on an impossible config or input.
+    embedding: the weight [V, D].  Called on float [B, N, D] it returns logits, float [B, N, V].
     """
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
         coordinates = torch.tensor(config.coordinates or [[n] for n in range(config.length)])
         axes = coordinates.shape[1]
-        parts = config.heads * (2 if axes == 1 else 4)
         require(config.positions in ("learned", "both"), f"positions {config.positions!r} unknown")
-        require(config.width % parts == 0, f"width {config.width} must be a multiple of {parts}")
-        require(len(coordinates) == config.length, "coordinates must have length rows")
         self.config = config
         width = config.width
         self.embedding = nn.Parameter(torch.randn(config.vocabulary, width) * width**-0.5)
@@ -420,10 +389,7 @@ class MaskDiffusionTransformer(nn.Module):
         self.head = nn.Linear(width, config.vocabulary, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        length, width = x.shape[1:]
-        fits = width == self.config.width and length <= self.config.length
-        most = f"[B, N <= {self.config.length}, {self.config.width}]"
-        require(fits, f"input must be {most}, got {[*x.shape]}")
+        length = x.shape[1]
         x = x + sum(table[axis[:length]] for table, axis in zip(self.position, self.coordinates.T))
         rotation = None if self.rotation is None else self.rotation[:, :length]
         for block in self.blocks:

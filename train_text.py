@@ -455,6 +455,25 @@ def sample_masks(
     return clean.masked_fill(masked, MASK).unsqueeze(0), clean, masked, weight
 
 
+def topk_wrong(
+    logits: Tensor, clean: Tensor, mask_id: int, k: int = 8,
+    generator: torch.Generator | None = None,
+) -> Tensor:  # fmt: skip
+    """Plausible mistakes: uniform over the k likeliest tokens of a frozen model.
+
+    logits: float [B, N, V], the model's at masked positions (one forward pass); the truth, MASK and
+    tokens at -inf are never drawn.  Returns int64 [B, N].  ValueError: a position has none left.
+    """
+    allowed = logits.scatter(-1, clean.unsqueeze(-1), -torch.inf)
+    allowed[..., mask_id] = -torch.inf
+    ranked = allowed.topk(max(1, min(k, logits.shape[-1] - 2)), dim=-1)
+    possible = (ranked.values > -torch.inf).sum(-1)
+    rm.require(bool((possible > 0).all()), "logits leave no wrong token to draw at some position")
+    uniform = torch.rand(clean.shape, generator=generator, device=clean.device)
+    pick = (uniform * possible).long()  # ~ U{0..possible-1}
+    return ranked.indices.gather(-1, pick.unsqueeze(-1)).squeeze(-1)
+
+
 def sample_revision(
     batch_size: int, generator: torch.Generator, pool: Tensor, start: int,
     base: Model, law: str = "ours", remember: int = 1,
@@ -489,7 +508,7 @@ def sample_revision(
         logits = base(history_embedding(probe.unsqueeze(0), base.embedding, 0.0, False)).float()
 
     if law == "paper":
-        proposal = rm.topk_wrong(logits, clean, MASK, TOP_K, generator)
+        proposal = topk_wrong(logits, clean, MASK, TOP_K, generator)
     else:
         logits[..., MASK] = -torch.inf
         likely, tokens = logits.topk(min(TOP_K, logits.shape[-1] - 1), dim=-1)

@@ -13,6 +13,7 @@ import torch
 
 import reflective_masking as rm
 from history import HistoryReference, history_embedding
+from train_text import topk_wrong
 
 ROOT = Path(__file__).resolve().parents[1]
 RULE = "# " + "=" * 96 + "\n"
@@ -53,7 +54,7 @@ optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
 for step in range(100):
     clean = words[torch.randint(2, (64,))]
     editable = torch.rand(clean.shape) < torch.rand(64, 1)
-    wrong = topk_wrong(torch.zeros(64, 8, 6), clean, mask_id=0)  # any other letter
+    wrong = (clean + torch.randint(4, clean.shape)) % 5 + 1  # any other letter
     trajectory = sample_trajectory(clean, editable, wrong, mask_id=0, T=4)
     states = history_until(trajectory, torch.randint(4, (64,)))
     target, role = oracle_action(states[-1], clean, mask_id=0)
@@ -225,7 +226,7 @@ def training_loss(embedding, denoiser, weights, clean, editable, mask, generator
         probe = denoiser(embedding()[clean.masked_fill(editable, MASK)], mask)
         probe = torch.nn.functional.linear(probe, *weights.values()) if weights else probe
         probe[..., [PAD, *range(7, V)]] = -math.inf  # no words
-    wrong = rm.topk_wrong(probe, clean, MASK, k=50, generator=generator)
+    wrong = topk_wrong(probe, clean, MASK, k=50, generator=generator)
     revised = editable & (torch.rand(clean.shape, generator=generator) < 0.7)
     trajectory = rm.sample_trajectory(clean, revised, wrong, MASK, T=3, generator=generator)
     t = torch.randint(3, (len(clean),), generator=generator)

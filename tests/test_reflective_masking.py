@@ -321,28 +321,6 @@ def test_history_until_aligns_the_current_states():
         assert got[:, b].tolist() == [[ABSENT] * 2] * (3 - last) + states
 
 
-@pytest.mark.parametrize("impossible", [0, 3, 6])
-@pytest.mark.parametrize("k", [4, 50])
-def test_topk_wrong_is_uniform_over_the_likeliest_that_are_possible(k, impossible):
-    logits = torch.randn(60, 20, 10, generator=seeded(1))
-    clean = torch.randint(9, (60, 20), generator=seeded(2))
-    clean[clean >= 3] += 1  # MASK is 3
-    clean[0] = logits[0].index_fill(-1, torch.tensor(3), -99).argmax(-1)  # the truth is likeliest
-    logits[1, :, 3] = 99  # and MASK is
-    logits[..., 10 - impossible :] = -INF  # a vocabulary padded to a round number
-    counts, law = Counter(), Counter()
-    for seed in range(5):
-        draw = rm.topk_wrong(logits, clean, 3, k, seeded(seed))
-        cases = zip(*(x.flatten(0, 1).tolist() for x in (logits, clean, draw)))
-        for row, truth, token in cases:
-            others = [v for v in range(10) if v not in (truth, 3) and row[v] > -INF]
-            likeliest = sorted(others, key=lambda v: -row[v])[:k]
-            size = len(likeliest)
-            counts[size, likeliest.index(token)] += 1
-            law.update({(size, rank): 1 / size for rank in range(size)})
-    assert_counts_fit(counts, {key: p / 6000 for key, p in law.items()})
-
-
 # ----------------------------------------------------------------------------- multi-turn revision
 
 
@@ -993,9 +971,6 @@ def revise_one(tokens, **more):
 
 BAD = {
     "positions": lambda: network(positions="rotary"),
-    "width, 3 heads": lambda: network(heads=3),
-    "coordinates": lambda: network(coordinates=[[0], [1]]),
-    "input, width": lambda: network()(torch.zeros(1, 3, 12)),
     "tokens, length": lambda: rm.decide(torch.zeros(2, 4, 5), ONES, M),
     "mask_id, 5": lambda: rm.decide(ZEROS, ONES, 5),
     "editable": lambda: rm.decide(ZEROS, ONES, M, editable=torch.ones(2, 4).bool()),
@@ -1006,8 +981,6 @@ BAD = {
     "target": lambda: rm.revision_loss(ZEROS, ONES + 4, ONES),
     "T must": lambda: rm.sample_trajectory(ONES, FREE, ONES + 1, M, T=1),
     "wrong": lambda: rm.sample_trajectory(ONES, FREE, ONES[:, :2], M),
-    "logits, V = 2": lambda: rm.topk_wrong(torch.zeros(2, 3, 2), ONES, M),
-    "logits, -inf": lambda: rm.topk_wrong(torch.tensor([0.0, 0, -INF]).expand(2, 3, 3), ONES, M),
     "max_turns": lambda: revise_one([1, 2], max_turns=0),
     "editable, MASK": lambda: revise_one([1, M], editable=torch.tensor([True, False])),
     "head": lambda: revise_one([1, 2], rule=lambda *_, **__: None, head=torch.eye(4)),

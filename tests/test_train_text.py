@@ -22,6 +22,7 @@ import reflective_masking as rm
 import study_text
 import train_text as text
 from history import ABSENT
+from test_reflective_masking import assert_counts_fit, seeded
 
 ROOT = Path(__file__).parent.parent
 
@@ -236,6 +237,31 @@ def test_models_programs_never_run_in_this_process(monkeypatch):
 
 
 # --- training states
+
+
+@pytest.mark.parametrize("impossible", [0, 3, 6])
+@pytest.mark.parametrize("k", [4, 50])
+def test_topk_wrong_is_uniform_over_the_likeliest_that_are_possible(k, impossible):
+    logits = torch.randn(60, 20, 10, generator=seeded(1))
+    clean = torch.randint(9, (60, 20), generator=seeded(2))
+    clean[clean >= 3] += 1  # MASK is 3
+    clean[0] = logits[0].index_fill(-1, torch.tensor(3), -99).argmax(-1)  # the truth is likeliest
+    logits[1, :, 3] = 99  # and MASK is
+    logits[..., 10 - impossible :] = -math.inf  # a vocabulary padded to a round number
+    counts, law = Counter(), Counter()
+    for seed in range(5):
+        draw = text.topk_wrong(logits, clean, 3, k, seeded(seed))
+        cases = zip(*(x.flatten(0, 1).tolist() for x in (logits, clean, draw)))
+        for row, truth, token in cases:
+            others = [v for v in range(10) if v not in (truth, 3) and row[v] > -math.inf]
+            likeliest = sorted(others, key=lambda v: -row[v])[:k]
+            size = len(likeliest)
+            counts[size, likeliest.index(token)] += 1
+            law.update({(size, rank): 1 / size for rank in range(size)})
+    assert_counts_fit(counts, {key: p / 6000 for key, p in law.items()})
+    for none in (torch.zeros(2, 3, 2), torch.tensor([0.0, 0, -math.inf]).expand(2, 3, 3)):
+        with pytest.raises(ValueError, match="no wrong token"):
+            text.topk_wrong(none, torch.ones(2, 3, dtype=torch.int64), 0)
 
 
 def small_pool():
