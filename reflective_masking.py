@@ -238,7 +238,7 @@ def revise(
     tokens: int64 [B, N], MASK where nothing stands yet.  history: it is reset first.  editable,
     reveal, head, bias, impl: as in decide.  rule: in place of Eq. 1; rule(logits, tokens, mask_id,
     editable=, turn=, max_turns=) -> int64 [B, N], turn from 1.  context: the denoiser's keywords,
-    tensors with a row a sequence, which leaves with it.  A sequence ends with
+    tensors with a row a sequence (an attention mask), which leaves with it.  A sequence ends with
 
       FIXED_POINT   the turn changed nothing.  With history, whose memory still changes, a later
                     one might; it counts as settled, as in the released code.
