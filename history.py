@@ -6,9 +6,9 @@ Equation 2 of "Multi-Turn Reflective Masking Elicits Reasoning in Mask Diffusion
     a(t) = sum_{k=0..t}  gamma^(t-k) * R_(k-t) * wte(x(k))     the closed sum: history_embedding
     a(t) = wte(x(t)) + gamma * R_(-1) * a(t-1)                 the same, O(1): HistoryReference
 
-R_delta rotates the pair of coordinates (j, j + D/2) by delta * 10000^(-2j/D), so R_a R_b = R_(a+b):
-the same token at another age is another vector.  Variants: "rm", gamma = 0, no history; "hr", 1,
-and "decay", < 1, without rotation (HER); "full", with it.  A GPU runs kernels.py instead.
+R_delta (HER, History Embedding Rotation) rotates the pair (j, j + D/2) by delta * 10000^(-2j/D), so
+R_a R_b = R_(a+b).  Variants: "rm", gamma = 0, no history; "hr", gamma = 1, and "decay", gamma < 1,
+without rotation; "full", gamma < 1, with it.  A GPU runs kernels.py instead.
 """
 
 import torch
@@ -74,13 +74,13 @@ def history_embedding(
         return kernels.history_sum(states, embedding, gamma, rotate, normalize)
 
     # Rotation and decay are linear: each token that occurs ages once, then positions look it up.
-    tokens, index = states.unique(return_inverse=True)
+    tokens, lookup = states.unique(return_inverse=True)
     table = wide(F.embedding(tokens.clamp(min=0), embedding))
     table = table * (tokens != ABSENT).unsqueeze(-1)
     total = 0
-    for age, state in enumerate(index.flip(0)):  # age = t - k
+    for age, rows in enumerate(lookup.flip(0)):  # age = t - k
         aged = rotate_pairs(table, -age) if rotate else table  # R_(k-t)
-        total = total + F.embedding(state, gamma**age * aged)  # Eq. 2
+        total = total + F.embedding(rows, gamma**age * aged)  # Eq. 2
     return (rms_norm(total) if normalize else total).to(embedding.dtype)
 
 
@@ -105,7 +105,7 @@ class HistoryReference:
 
     @torch.no_grad()
     def push(self, tokens: Tensor) -> Tensor:
-        """Adds the state tokens, int64 [B, N] as before; returns a(t), [B, N, D].  ValueError."""
+        """Adds tokens, int64 [B, N] as before; returns RMSNorm(a(t)), [B, N, D].  ValueError."""
         expected = tokens.shape if self.sum is None else self.sum.shape[:-1]
         check_ids("tokens", tokens, expected, self.embedding.device, 0, len(self.embedding))
         if use_triton(self.impl, self.embedding):

@@ -5,12 +5,12 @@
     3. history_step, history_sum   Eq. 2 as the O(1) recurrence, and as the closed sum with gradient
     4. revision_cross_entropy      the three losses with gradient, from logits or hidden states
 
-This file imports nothing of the project, and itself without triton.  TRITON_INTERPRET=1, set before
-the import, runs the kernels on CPU tensors.  Inputs are float32, bfloat16 or float16 and never
-written; arithmetic is float32.  Wrong shapes, dtypes and devices are a ValueError that names the
-argument, before any launch.  Ids out of range are one too on CPU; on a GPU that check would wait
-for the device, so there such an id reads nothing: its position is kept, adds no history, or has
-loss NaN.
+This file imports nothing of the project, and is imported without triton, too.  TRITON_INTERPRET=1,
+set before the import, runs the kernels on CPU tensors.  Inputs are float32, bfloat16 or float16 and
+never written; arithmetic is float32.  Wrong shapes, dtypes and devices are a ValueError that names
+the argument, before any launch.  Ids out of range are one too on CPU; on a GPU that check would
+wait for the device, so there such an id reads nothing: its position is kept, adds no history, or
+has loss NaN.
 """
 
 import contextlib
@@ -70,7 +70,7 @@ def check_ids(
     name: str, ids: Tensor, shape: torch.Size | None, device: torch.device, low: int, size: int,
     where: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """int32 or int64, of a shape, on a device; on CPU also low <= ids < size (there, if given)."""
+    """int32 or int64, of a shape, on a device; on CPU also low <= ids < size (only at where)."""
     is_integer = ids.dtype in (torch.int32, torch.int64)
     require(is_integer, f"{name} must be int32 or int64, got {ids.dtype}")
     check_tensor(name, ids, ids.shape if shape is None else shape, ids.dtype, device)
@@ -156,7 +156,7 @@ def _rows(x: Tensor) -> tuple[Tensor, int, int]:
     """[..., V] as rows [count, V], the stride from row to row, and GROUP.
 
     GROUP: the columns of a 16-byte load where Triton makes such loads, else 1.  Copies only where
-    no view has one stride between rows and neighbouring columns.
+    no view has one stride from row to row and columns side by side.
     """
     x = x.reshape(-1, x.shape[-1])
     x = x if x.stride(1) == 1 else x.contiguous()
@@ -296,7 +296,7 @@ def _store_reveal(row, masked, top, best, rest, mask_id, best_out, confidence_ou
 @jit(do_not_specialize=["count"])
 def _decide_kernel(
     logits, rows, tokens, editable,
-    best_out, confidence_out, remask_out, top_out, state_out, rest_out,
+    best_out, confidence_out, remask_out, top_out, id_out, rest_out,
     count, stride, vocabulary, share, mask_id,
     GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -323,23 +323,23 @@ def _decide_kernel(
         if top_out is not None:
             slot = index * tl.num_programs(1) + part
             tl.store(top_out + slot, top, mask=masked)
-            tl.store(state_out + slot, best, mask=masked)
+            tl.store(id_out + slot, best, mask=masked)
             tl.store(rest_out + slot, rest, mask=masked)
         else:
             _store_reveal(row, masked, top, best, rest, mask_id, best_out, confidence_out)
 
 
-@jit(do_not_specialize=["count", "chunks"])
+@jit(do_not_specialize=["count", "parts"])
 def _merge_kernel(
     top_in, best_in, rest_in, rows, tokens, editable,
     best_out, confidence_out,
-    count, chunks, mask_id, ROWS: tl.constexpr, CHUNKS: tl.constexpr,
+    count, parts, mask_id, ROWS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     # Grid: one program per ROWS rows: merges the states of a row, always in the same order.
     index, _, row, _, masked, _ = _locate(rows, tokens, editable, count, mask_id, ROWS)
-    chunk = tl.arange(0, CHUNKS)[None, :]
-    slot = index[:, None] * chunks + chunk
-    use = masked[:, None] & (chunk < chunks)
+    part = tl.arange(0, PARTS)[None, :]
+    slot = index[:, None] * parts + part
+    use = masked[:, None] & (part < parts)
     top = tl.load(top_in + slot, mask=use, other=-float("inf"))
     best = tl.load(best_in + slot, mask=use, other=NO_TOKEN)
     rest = tl.load(rest_in + slot, mask=use, other=0.0)
@@ -348,14 +348,14 @@ def _merge_kernel(
 
 
 def _merge(states, rows, tokens, editable, mask_id, decision) -> None:
-    """Writes the reveals of masked positions from states of [count, chunks]."""
-    count, chunks = states[0].shape
-    merged = max(16, triton.next_power_of_2(chunks))  # one kernel for up to 16 parts of a row
+    """Writes the reveals of masked positions from states of [count, parts]."""
+    count, parts = states[0].shape
+    merged = max(16, triton.next_power_of_2(parts))  # one kernel for up to 16 parts of a row
     tile = max(1, 64 // merged)
     _launch(
         _merge_kernel, (triton.cdiv(count, tile),),
-        *states, rows, tokens, editable, *decision[:2], count, chunks, mask_id,
-        ROWS=tile, CHUNKS=merged, num_warps=1 if merged <= 128 else 4,
+        *states, rows, tokens, editable, *decision[:2], count, parts, mask_id,
+        ROWS=tile, PARTS=merged, num_warps=1 if merged <= 128 else 4,
     )  # fmt: skip
 
 
@@ -499,10 +499,10 @@ def _reveal_fused(hidden, head, bias, rows, tokens, editable, mask_id, decision)
     short = hidden.dtype.itemsize == 2
     tile = min(max(16, triton.next_power_of_2(count)), 64 if short else 32)
     columns = max(16, min(HEAD_COLUMNS, triton.next_power_of_2(vocabulary)))
-    chunks = triton.cdiv(vocabulary, columns)  # V = 126464: 988 programs for 132 multiprocessors
-    states = _empty((count, chunks), head.device, *STATE)
+    parts = triton.cdiv(vocabulary, columns)  # V = 126464: 988 programs for 132 multiprocessors
+    states = _empty((count, parts), head.device, *STATE)
     _launch(
-        _fused_head_kernel, (triton.cdiv(count, tile), chunks),
+        _fused_head_kernel, (triton.cdiv(count, tile), parts),
         hidden, head, bias, rows, tokens, editable, *states, count, width, vocabulary, mask_id,
         UPCAST=INTERPRETED, ROWS=tile, COLUMNS=columns, INNER=64 if short else 32,
         num_warps=4, num_stages=3,

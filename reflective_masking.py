@@ -85,16 +85,16 @@ def decide(
 
 
 def best_token(logits: Tensor, mask_id: int) -> tuple[Tensor, Tensor]:
-    """The likeliest token without MASK, int64 [...], and its log-probability among the tokens.
+    """Without MASK: the likeliest token, int64 [...], and its log-probability.
 
     logits: float [..., V].  Log-probability as -log1p(sum of exp(logit - top) over the others): a
     float32 probability is 1 beyond a gap of 17 nats, and the most confident would tie.
     """
-    others = wide(logits).clone()
-    others[..., mask_id] = -torch.inf
-    top, best = others.max(-1, keepdim=True)
+    allowed = wide(logits).clone()
+    allowed[..., mask_id] = -torch.inf
+    top, best = allowed.max(-1, keepdim=True)
     best = best.masked_fill(top == -torch.inf, int(mask_id == 0))  # nothing possible: the lowest id
-    rest = (others - top).exp().scatter(-1, best, 0).sum(-1)
+    rest = (allowed - top).exp().scatter(-1, best, 0).sum(-1)
     return best.squeeze(-1), -torch.log1p(rest)
 
 
@@ -107,7 +107,7 @@ REVEAL, REMASK, KEEP, IGNORE = 0, 1, 2, -1  # roles; IGNORE: a position without 
 def oracle_action(
     state: Tensor, clean: Tensor, mask_id: int, editable: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The right action at every position.  The only place that derives labels.
+    """The right action at every position: the labels of RM.
 
         M               reveal:  target x*
         wrong token     re-mask: target M
@@ -143,7 +143,7 @@ def revision_loss(
     position has all its mass on {x, M}, and p(x) is the probability that x is right, so that Eq. 1
     re-masks what is more likely wrong; at a masked one p is the posterior of x*.  logits, head,
     bias: as in decide; a GPU forms the logits of hidden states a block of rows at a time.  target,
-    role: int64 [B, N].  weights: unequal ones of the last two move p(x).  ValueError: wrong shapes.
+    role: int64 [B, N].  weights: of reveal, re-mask, keep; unequal last two move p(x).  ValueError.
     """
     arguments = (logits, target, role, weights, head, bias)
     if use_triton(impl, logits):
@@ -191,8 +191,8 @@ def sample_trajectory(
     starts_wrong = uniform() < p_wrong
     beta = torch.where(starts_wrong, time_from(1, T - 1), 0)
     mu = torch.where(starts_wrong, time_from(beta + 1, T), time_from(1, T))
-    step = torch.arange(T + 1, device=clean.device).view(-1, 1, 1)
-    states = torch.where(step < beta, wrong, torch.where(step < mu, mask_id, clean))
+    turn = torch.arange(T + 1, device=clean.device).view(-1, 1, 1)
+    states = torch.where(turn < beta, wrong, torch.where(turn < mu, mask_id, clean))
     return torch.where(editable, states, clean)
 
 
@@ -238,7 +238,7 @@ def revise(
     tokens: int64 [B, N], MASK where nothing stands yet.  history: it is reset first.  editable,
     reveal, head, bias, impl: as in decide.  rule: in place of Eq. 1; rule(logits, tokens, mask_id,
     editable=, turn=, max_turns=) -> int64 [B, N], turn from 1.  context: the denoiser's keywords,
-    tensors with a row a sequence (an attention mask), which leaves with it.  A sequence ends with
+    tensors with a row a sequence (an attention mask), dropped as it ends.  A sequence ends with
 
       FIXED_POINT   the turn changed nothing.  With history, whose memory still changes, a later
                     one might; it counts as settled, as in the released code.
@@ -303,7 +303,7 @@ class TransformerConfig:
     """Size and position scheme; saved inside every checkpoint.
 
     coordinates: N rows of K small integers, a position's place along each axis; None: its index.
-    With K >= 2 (ours) every head learns a bias for each set of coordinates that two share.
+    With K >= 2 (ours) every head learns a bias for each set of coordinates that two places share.
     positions: "learned" embeds coordinates; "both" also rotates queries and keys by the first two.
     """
 
@@ -330,8 +330,7 @@ class Block(nn.Module):
         self.attention_out = nn.Linear(width, width, bias=False)
         self.feed_forward_in = nn.Linear(width, config.feed_forward, bias=False)
         self.feed_forward_out = nn.Linear(config.feed_forward, width, bias=False)
-        bias = torch.zeros(config.heads, relations)
-        self.relation_bias = nn.Parameter(bias) if relations else None
+        self.relation_bias = nn.Parameter(torch.zeros(self.heads, relations)) if relations else None
         nn.init.zeros_(self.attention_out.weight)  # every block starts as the identity
         nn.init.zeros_(self.feed_forward_out.weight)
 
@@ -363,9 +362,10 @@ class MaskDiffusionTransformer(nn.Module):
         super().__init__()
         coordinates = torch.tensor(config.coordinates or [[n] for n in range(config.length)])
         axes = coordinates.shape[1]
-        require(config.positions in ("learned", "both"), f"positions {config.positions!r} unknown")
-        self.config = config
         width = config.width
+        require(config.positions in ("learned", "both"), f"positions {config.positions!r} unknown")
+        require(width % (2 * config.heads * min(axes, 2)) == 0, f"width {width} splits a pair")
+        self.config = config
         self.embedding = nn.Parameter(torch.randn(config.vocabulary, width) * width**-0.5)
         shared = (coordinates[:, None] == coordinates[None, :]).long()  # [N, N, K]
         relation = (shared << torch.arange(axes)).sum(-1)  # bit k: they share coordinate k
@@ -374,15 +374,15 @@ class MaskDiffusionTransformer(nn.Module):
         self.position = nn.ParameterList(
             nn.Parameter(torch.randn(int(axis.max()) + 1, width) * 0.3) for axis in coordinates.T
         )
-        table = None
+        rotation = None
         if config.positions == "both":  # once: torch.compile would redo the angles every time
             turned = coordinates[:, :2].double().unsqueeze(-1)  # [N, 1 or 2, 1]
             pairs = width // config.heads // 2 // turned.shape[1]  # of an axis
             base = 10000.0 if axes == 1 else 100.0  # a sequence is long, a grid is short
             frequency = base ** (-torch.arange(pairs, dtype=torch.float64) / pairs)
             angle = (turned * frequency).flatten(1)
-            table = torch.stack([angle.cos(), angle.sin()]).to(torch.get_default_dtype())
-        self.register_buffer("rotation", table, persistent=False)
+            rotation = torch.stack([angle.cos(), angle.sin()]).to(torch.get_default_dtype())
+        self.register_buffer("rotation", rotation, persistent=False)
         relations = 2**axes if axes > 1 else 0
         self.blocks = nn.ModuleList(Block(config, relations) for _ in range(config.layers))
         self.norm = nn.RMSNorm(width)
@@ -478,10 +478,10 @@ def train(
     """Trains in place; yields (step, stats) after every step: for step, stats in train(...).
 
     sample(batch_size, generator) returns a Batch on the model's device; the generator is seeded by
-    (seed, step), so that a run can go on anywhere.  gamma, rotate: Eq. 2.  oracle: the labels, for
-    baselines.  compile: torch.compile the network.  checkpoint: a file, written every
-    checkpoint_every steps and at Ctrl-C, with notes; where it exists the run goes on from it, on
-    CPU with the result of an unbroken run.  Under torchrun P processes share each batch, and train
+    (seed, step), so that a run can go on.  gamma, rotate: Eq. 2.  oracle: labels, for baselines.
+    compile: torch.compile the network.  checkpoint: a file, written every checkpoint_every steps
+    and at Ctrl-C, with notes; where it exists the run goes on from it, on the same CPU with the
+    result of an unbroken run.  Under torchrun P processes share each batch, and train
     as one would.  stats: loss, reveal, remask, keep (nats, 0-d tensors), seconds of training.
     InputError: the loss or its gradient is not finite; the last checkpoint stays.
     """
@@ -537,7 +537,7 @@ def train(
 def make_optimizers(
     model: nn.Module, learning_rate: float, muon_factor: float, warmup: int, steps: int
 ) -> list:
-    """[AdamW, Muon for the matrices of the blocks], then a schedule each: warm-up and cosine."""
+    """[AdamW, with bf16 Muon for the blocks' matrices], then a schedule each: warm-up, cosine."""
     matrices = [p for p in model.blocks.parameters() if p.ndim == 2 and min(p.shape) >= 16]
     if not has_bf16(model.embedding.device):  # Muon multiplies in it: emulated, AdamW is far faster
         matrices = []
@@ -720,7 +720,7 @@ def say(line: str) -> None:
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Whether bf16 is in hardware there: most GPUs, processors with AVX-512 or AMX."""
+    """Whether bf16 is in hardware there: most GPUs, processors with AVX-512 BF16 or AMX."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     has = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
