@@ -469,6 +469,14 @@ def test_a_rule_that_returns_its_argument_does_not_change_the_caller_s_tokens():
     assert tokens.tolist() == [[1, M]] and got.tokens.tolist() == [[1, 2]]
 
 
+def test_a_rule_that_knows_its_turn_may_see_a_state_again():
+    """It alternates twice, then stays: without history one return would be a cycle of Eq. 1."""
+    network = lambda embedded: torch.zeros(*embedded.shape[:2], 4)
+    waver = lambda logits, tokens, mask_id, turn, **_: 3 - tokens if turn <= 4 else tokens
+    got = rm.revise(network, torch.tensor([[1, 2]]), M, one_hot_history(4, 0.0), rule=waver)
+    assert (got.status, got.turns, got.tokens.tolist()) == ([FIXED_POINT], [5], [[1, 2]])
+
+
 # --------------------------------------------------------------------- the kernels in their places
 
 
