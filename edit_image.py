@@ -734,7 +734,8 @@ def train_all(
             rows[f"{variant}, {decoding}"] = evaluate(model, test, decoding)
         _, trace = edit(model, source, test.instruction[:10], model.decodings[0])
         if model.decodings == IN_PLACE:
-            columns[f"re-masked by {variant}"] = source.where(~(trace == MASK).any(0), MASK)
+            remasked = (trace == MASK).any(0)
+            columns[f"re-masked by {variant}"] = torch.where(remasked, MASK, source)
         columns[variant] = trace[-1]
     print_table(rows)
     columns["target"] = test.target[:10]

@@ -514,7 +514,10 @@ def train(
             inputs = history_embedding(states, model.embedding, gamma, rotate)
             with mixed_precision(device):
                 logits = network(inputs).float()
-            loss = (mask_loss if weight else revision_loss)(logits, target, role, *weight)
+            if weight:
+                loss = mask_loss(logits, target, role, *weight)
+            else:
+                loss = revision_loss(logits, target, role)
             update(model, loss.total, role, optimization, step + 1)
             seconds += time.perf_counter() - began
 

@@ -445,7 +445,8 @@ def show_turn(now: Tensor, before: Tensor) -> str:
     text = ""
     for cell, broken in enumerate(conflicts(now).tolist()):
         digit = int(now[cell])
-        text += "-+"[digit > 0] if now[cell] != before[cell] else " "
+        change = "+" if digit else "-"
+        text += change if now[cell] != before[cell] else " "
         text += f"{digit or '_'}{'!' if broken else ' '}"
         text += "| " if cell % 9 in (2, 5) else ""
         text += "\n" if cell % 9 == 8 else ""
